@@ -1,0 +1,526 @@
+"""The Pisces model: one language model that reads images as SigLIP vectors and draws them as gen-CLIP vectors.
+
+`PiscesModel` is the paper's figure: two towers, two projectors, one language model, one generation head, no `lm_head`
+(that is what `AutoModel`, TRL and serving engines expect of a backbone). `PiscesForConditionalGeneration` adds the
+`lm_head` and the two losses; how it generates stands in `generation_pisces.py`, pixels in the diffusers pipeline.
+"""
+
+# B rows, T tokens, D language-model width, I understanding images, J generated/target images,
+# N understanding vectors per image, M generated vectors per image, Dg width of a generated vector
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_pisces import PiscesConfig, num_patches
+from .generation_pisces import PiscesGenerationMixin
+from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
+from .modeling_pisces_heads import PiscesFlowBlock, PiscesProjector, build_gen_head
+from .placeholders_pisces import check_placeholder_runs, placeholder_mask
+
+
+# Full names: quantizers match a pattern from the start of the name, so "vision_tower" alone would protect nothing.
+PISCES_QUANT_SKIP_MODULES = [
+    "lm_head",
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "model.gen_vision_tower",
+    "model.gen_projector",
+    "model.gen_head",
+]
+
+
+@dataclass
+class PiscesModelOutputWithPast(BaseModelOutputWithPast):
+    """Backbone output.
+
+    Args:
+        image_hidden_states: (I, N, D) projected understanding vectors, if images were given.
+        gen_image_vectors: (J, M, Dg) clean generated vectors that were placed, if any were given.
+        gen_image_mask: (B, T) bool, True at each placeholder of a generated vector.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+    gen_image_vectors: torch.FloatTensor | None = None
+    gen_image_mask: torch.BoolTensor | None = None
+
+
+@dataclass
+class PiscesCausalLMOutputWithPast(ModelOutput):
+    """Output of `PiscesForConditionalGeneration`. A side that the batch lacks has None as its loss and count 0.
+
+    Args:
+        loss: text_loss + image_loss_weight * image_loss, over the sides that are present.
+        text_loss: cross entropy in nats, mean over labelled text tokens.
+        image_loss: the head's squared error, mean over elements of labelled vectors.
+        text_loss_sum: sum of the cross entropy over labelled text tokens.
+        num_text_tokens: number of labelled text tokens.
+        image_loss_sum: sum over labelled vectors of their mean squared error.
+        num_image_vectors: number of labelled vectors.
+        image_target_variance: variance of the labelled vectors about their per-channel mean; what predicting that mean
+            would score, so that R^2 = 1 - image_loss / image_target_variance for a regression head.
+        logits: (B, T, vocabulary), or None where `skip_logits` left them out.
+    """
+
+    loss: torch.FloatTensor | None = None
+    text_loss: torch.FloatTensor | None = None
+    image_loss: torch.FloatTensor | None = None
+    text_loss_sum: torch.FloatTensor | None = None
+    num_text_tokens: torch.LongTensor | None = None
+    image_loss_sum: torch.FloatTensor | None = None
+    num_image_vectors: torch.LongTensor | None = None
+    image_target_variance: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class PiscesPreTrainedModel(PreTrainedModel):
+    config: PiscesConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # both losses are means over their own side; Trainer must go on dividing by gradient accumulation itself
+    accepts_loss_kwargs = False
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PiscesFlowBlock):  # each block starts as the identity
+            init.zeros_(module.modulation.weight)
+            init.zeros_(module.modulation.bias)
+
+
+class PiscesModel(PiscesPreTrainedModel):
+    """The backbone: images and text in, hidden states out.
+
+    Args:
+        config: a `PiscesConfig`; with `gen_vision_config=None` the three `gen_` parts are None.
+    """
+
+    # a full checkpoint also holds the lm_head, which this class leaves to PiscesForConditionalGeneration
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: PiscesConfig):
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = PiscesProjector(
+            config.image_feature_size, width, config.projector_hidden_act, config.multimodal_projector_bias
+        )
+        self.gen_vision_tower = self.gen_projector = self.gen_head = None
+        if config.has_generation:
+            self.gen_vision_tower = _build_gen_vision_tower(config.gen_vision_config)
+            self.gen_projector = PiscesProjector(config.gen_vector_size, width, config.projector_hidden_act)
+            self.gen_head = build_gen_head(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Encode images for understanding.
+
+        Args:
+            pixel_values: (I, 3, H, W), as the processor's `image_processor` makes them.
+
+        Returns:
+            the tower's output; `pooler_output` is (I, N, D), projected.
+        """
+        layers = self.config.vision_feature_layer
+        # a frozen tower must not build a graph even when checkpointing hooks ask its inputs for gradients
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.vision_tower)):
+            kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layers is not None
+            kwargs.pop("return_dict", None)
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        if layers is None:
+            features = outputs.last_hidden_state
+        else:
+            layers = [layers] if isinstance(layers, int) else layers
+            features = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
+        if self.config.vision_feature_select_strategy == "default":  # patches only, whatever stands in front of them
+            features = features[:, -num_patches(self.config.vision_config) :]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.multi_modal_projector(features.to(self._projector_dtype)),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @property
+    def _projector_dtype(self) -> torch.dtype:
+        return self.multi_modal_projector.linear_1.weight.dtype
+
+    @torch.no_grad()
+    def encode_gen_images(self, gen_pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode images into the vectors that the model learns to draw.
+
+        Args:
+            gen_pixel_values: (J, 3, H, W), as the processor's `gen_image_processor` makes them.
+
+        Returns:
+            (J, M, Dg), row-major over the pooled grid, detached: the tower stays frozen.
+
+        Raises:
+            ValueError: the model has no generation tower.
+        """
+        self._require_generation("encode_gen_images")
+        patches = self.gen_vision_tower(gen_pixel_values.to(self.gen_vision_tower.dtype)).last_hidden_state
+        patches = patches[:, -num_patches(self.config.gen_vision_config) :]  # stock towers keep a class token in front
+        return pool_patches(patches, self.config.gen_pool_stride)
+
+    def embed_gen_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Project generated vectors to input embeddings of the language model: (..., Dg) -> (..., D)."""
+        return self.gen_projector(vectors.to(self.gen_projector.linear_1.weight.dtype))
+
+    def predict_gen_vectors(
+        self, hidden_states: torch.Tensor, noise: torch.Tensor | None = None, num_flow_steps: int | None = None
+    ) -> torch.Tensor:
+        """Predict the vector that follows each hidden state: (n, D) -> (n, Dg).
+
+        Args:
+            hidden_states: (n, D), after the language model's final norm.
+            noise: (n, Dg) standard normal start of the "flow" head; drawn here if absent. Regression heads need none.
+            num_flow_steps: Euler steps of the "flow" head; None takes the config's.
+        """
+        if self.gen_head.is_stochastic and noise is None:
+            shape = (*hidden_states.shape[:-1], self.config.gen_vector_size)
+            noise = torch.randn(shape, device=hidden_states.device, dtype=torch.float32)
+        return self.gen_head.sample(hidden_states, noise, num_flow_steps)
+
+    def _require_generation(self, what: str):
+        if not self.config.has_generation:
+            raise ValueError(
+                f"{what} needs a generation tower, but this checkpoint has gen_vision_config=None (understanding only). "
+                "Load a checkpoint with a generation tower, or leave generated images out."
+            )
+
+    def merge_inputs(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        gen_pixel_values: torch.Tensor | None = None,
+        gen_image_vectors: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **vision_kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """Put every vector where its placeholder is.
+
+        Returns:
+            inputs_embeds (B, T, D), image features (I, N, D) or None, clean generated vectors (J, M, Dg) or None,
+            mask of generated vectors (B, T).
+
+        Raises:
+            ValueError: vectors and placeholders disagree; the message names the row and the image.
+        """
+        embed = self.get_input_embeddings()
+        if inputs_embeds is None:
+            inputs_embeds = embed(input_ids)
+        image_features = None
+        if mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
+            image_features = _stack(mm_encoder_outputs["image"].pooler_output)
+        elif pixel_values is not None:
+            image_features = self.get_image_features(pixel_values, return_dict=True, **vision_kwargs).pooler_output
+        if gen_image_vectors is None and gen_pixel_values is not None:
+            gen_image_vectors = self.encode_gen_images(gen_pixel_values)
+        gen_features = None
+        if gen_image_vectors is not None:
+            self._require_generation("gen_image_vectors")
+            gen_features = self.embed_gen_vectors(self._noised(gen_image_vectors))
+
+        mask = placeholder_mask(input_ids, inputs_embeds, embed, self.config.image_token_id)
+        gen_mask = placeholder_mask(input_ids, inputs_embeds, embed, self.config.gen_image_token_id)
+        check_placeholder_runs(mask, image_features, self.config.num_image_tokens, "image")
+        check_placeholder_runs(gen_mask, gen_features, self.config.num_gen_image_tokens, "generated image")
+        if image_features is not None:
+            inputs_embeds = _scatter(inputs_embeds, mask, image_features)
+        if gen_features is not None:
+            inputs_embeds = _scatter(inputs_embeds, gen_mask, gen_features)
+        if self.training and torch.is_grad_enabled():
+            inputs_embeds = self._touch_absent_sides(inputs_embeds, image_features, gen_features)
+        return inputs_embeds, image_features, gen_image_vectors, gen_mask
+
+    def _noised(self, vectors: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.config.gen_input_noise == 0:
+            return vectors
+        return vectors + self.config.gen_input_noise * torch.randn_like(vectors)
+
+    def _touch_absent_sides(self, inputs_embeds, image_features, gen_features) -> torch.Tensor:
+        """Let a batch that lacks a side still reach that side's trainable parameters, with zero gradient.
+
+        Sharded training runs the same collectives on every rank, whatever each rank's rows hold. The dummy enters the
+        input embeddings, not the loss: layers whose inputs need no gradient would order their reductions differently.
+        """
+        dummies = []
+        if image_features is None and _is_trained(self.vision_tower):
+            dummies.append(self._dummy_image_features())
+        elif image_features is None and _is_trained(self.multi_modal_projector):
+            dummies.append(self._dummy_projection(self.multi_modal_projector))
+        if gen_features is None and self.config.has_generation and _is_trained(self.gen_projector):
+            dummies.append(self._dummy_projection(self.gen_projector))
+        if self.config.has_generation and _is_trained(self.gen_head):  # always: vectors may be context, without a loss
+            dummies.append(self._dummy_head_loss())
+        for dummy in dummies:
+            inputs_embeds = inputs_embeds + 0.0 * dummy.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds
+
+    def _dummy_image_features(self) -> torch.Tensor:
+        config = self.config.vision_config
+        weight = self.multi_modal_projector.linear_1.weight
+        blank = weight.new_zeros(1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+        return self.get_image_features(blank, return_dict=True).pooler_output.sum()
+
+    def _dummy_projection(self, projector: PiscesProjector) -> torch.Tensor:
+        weight = projector.linear_1.weight
+        return projector(weight.new_zeros(1, projector.linear_1.in_features)).sum()
+
+    def _dummy_head_loss(self) -> torch.Tensor:
+        weight = next(self.gen_head.parameters())
+        hidden = weight.new_zeros(1, self.config.text_config.hidden_size)
+        return self.gen_head.loss_per_vector(hidden, weight.new_zeros(1, self.config.gen_vector_size)).sum()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        gen_pixel_values: torch.Tensor | None = None,
+        gen_image_vectors: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> PiscesModelOutputWithPast:
+        """Run images and text through the language model.
+
+        Args:
+            input_ids: (B, T) with `image_token_id` and `gen_image_token_id` placeholders, one per vector.
+            pixel_values: (I, 3, H, W) images to understand, in the order of their placeholders.
+            attention_mask: (B, T), 1 for real tokens.
+            inputs_embeds: (B, T, D) instead of `input_ids`.
+            gen_pixel_values: (J, 3, H, W) images that were or shall be drawn, in the order of their placeholders.
+            gen_image_vectors: (J, M, Dg) instead of `gen_pixel_values`, already encoded or drawn.
+            mm_encoder_outputs: {"image": output of `get_image_features`} instead of `pixel_values`.
+
+        Returns:
+            `PiscesModelOutputWithPast`, `last_hidden_state` (B, T, D) after the final norm.
+
+        Raises:
+            ValueError: conflicting inputs, or vectors and placeholders that do not match.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
+        if pixel_values is not None and mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image']; drop one of them.")
+        if gen_pixel_values is not None and gen_image_vectors is not None:
+            raise ValueError("You cannot specify both gen_pixel_values and gen_image_vectors; drop one of them.")
+        inputs_embeds, image_features, gen_image_vectors, gen_mask = self.merge_inputs(
+            input_ids, inputs_embeds, pixel_values, gen_pixel_values, gen_image_vectors, mm_encoder_outputs
+        )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            return_dict=True,
+            **kwargs,
+        )
+        return PiscesModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+            gen_image_vectors=gen_image_vectors,
+            gen_image_mask=gen_mask,
+        )
+
+
+def _build_gen_vision_tower(config) -> PreTrainedModel:
+    # by model type, not by class: as remote code the config class may exist twice
+    if config.model_type == "pisces_gen_vision":
+        return PiscesGenVisionModel._from_config(config)
+    return AutoModel.from_config(config)
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _stack(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    return features if isinstance(features, torch.Tensor) else torch.stack(list(features))
+
+
+def _scatter(inputs_embeds: torch.Tensor, mask: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    vectors = vectors.to(inputs_embeds.device, inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(mask.unsqueeze(-1), vectors)
+
+
+class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixin):
+    """The whole model: understands images, writes text, and draws images as vectors.
+
+    `generate(**inputs)` writes text; `generate(**inputs, generation_mode="image")` returns (B, M, Dg) vectors, which
+    `PiscesPipeline` turns into pixels.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: PiscesConfig):
+        super().__init__(config)
+        self.model = PiscesModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See `PiscesModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def encode_gen_images(self, gen_pixel_values: torch.Tensor) -> torch.Tensor:
+        """See `PiscesModel.encode_gen_images`."""
+        return self.model.encode_gen_images(gen_pixel_values)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        gen_pixel_values: torch.Tensor | None = None,
+        gen_image_vectors: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> PiscesCausalLMOutputWithPast:
+        """Run the backbone, and with `labels` compute both losses.
+
+        Args:
+            labels: (B, T). -100 is ignored; `gen_image_token_id` at a placeholder asks for the image loss of that
+                vector; `image_token_id` is always ignored; any other id is a text target. `labels = input_ids` with
+                everything but the assistant's turns set to -100 is right for both sides.
+            logits_to_keep: the last so many positions (0: all), or a 1-D index.
+            skip_logits: leave `logits` out and run `lm_head` on labelled positions only; None does so in training with
+                labels, where a full (B, T, vocabulary) tensor would be the largest of the step.
+
+        The other arguments are those of `PiscesModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            gen_pixel_values=gen_pixel_values,
+            gen_image_vectors=gen_image_vectors,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        losses = {} if labels is None else self._losses(hidden, labels, outputs)
+        skip_logits = (self.training and labels is not None) if skip_logits is None else skip_logits
+        logits = None
+        if not skip_logits:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+        return PiscesCausalLMOutputWithPast(
+            **losses,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _losses(self, hidden: torch.Tensor, labels: torch.Tensor, outputs: PiscesModelOutputWithPast) -> dict:
+        """Both losses with their sums and counts; position t predicts what stands at t + 1."""
+        labels = labels.to(hidden.device)
+        before, targets = hidden[:, :-1], labels[:, 1:]
+        is_placeholder = (targets == self.config.image_token_id) | (targets == self.config.gen_image_token_id)
+        losses = self._text_loss(before, targets, (targets != -100) & ~is_placeholder)
+        losses |= self._image_loss(hidden, labels, outputs)
+        # without text targets the sum is a zero that still reaches lm_head, so that backward() works in every batch
+        text_loss = losses["text_loss_sum"] if losses["text_loss"] is None else losses["text_loss"]
+        image_loss = 0.0 if losses["image_loss"] is None else self.config.image_loss_weight * losses["image_loss"]
+        losses["loss"] = text_loss + image_loss
+        return losses
+
+    def _text_loss(self, before: torch.Tensor, targets: torch.Tensor, is_text: torch.Tensor) -> dict:
+        count = is_text.sum()
+        if count == 0:  # lm_head still takes part, with zero gradient, for the ranks that do have text
+            total = 0.0 * self.lm_head(before[:1, :1]).float().sum()
+            return {"text_loss": None, "text_loss_sum": total, "num_text_tokens": count}
+        logits = self.lm_head(before[is_text])  # (labelled tokens, vocabulary)
+        total = nn.functional.cross_entropy(logits.float(), targets[is_text], reduction="sum")
+        return {"text_loss": total / count, "text_loss_sum": total, "num_text_tokens": count}
+
+    def _image_loss(self, hidden: torch.Tensor, labels: torch.Tensor, outputs: PiscesModelOutputWithPast) -> dict:
+        vectors, mask = outputs.gen_image_vectors, outputs.gen_image_mask
+        if vectors is None:
+            return {"image_loss": None, "image_loss_sum": None, "num_image_vectors": labels.new_zeros(())}
+        is_target = mask & (labels == self.config.gen_image_token_id)
+        is_target[:, 0] = False  # nothing stands before the first position
+        count = is_target.sum()
+        if count == 0:  # vectors served as context only
+            return {"image_loss": None, "image_loss_sum": None, "num_image_vectors": count}
+        targets = vectors.flatten(0, 1).to(hidden.device)[is_target[mask]]  # (labelled vectors, Dg), clean
+        before = hidden[:, :-1][is_target[:, 1:]]  # (labelled vectors, D)
+        total = self.gen_head_loss(before, targets).sum()
+        targets = targets.float()
+        return {
+            "image_loss": total / count,
+            "image_loss_sum": total,
+            "num_image_vectors": count,
+            "image_target_variance": (targets - targets.mean(0)).square().mean(),
+        }
+
+    def gen_head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The generation head's loss of each vector: (n, D), (n, Dg) -> (n,)."""
+        return self.model.gen_head.loss_per_vector(hidden, targets)
+
+
+__all__ = [
+    "PISCES_QUANT_SKIP_MODULES",
+    "PiscesForConditionalGeneration",
+    "PiscesModel",
+    "PiscesPreTrainedModel",
+]

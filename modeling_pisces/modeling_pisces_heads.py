@@ -1,0 +1,142 @@
+"""The small networks around the language model: two projectors in, one generation head out.
+
+A head answers two questions and nobody else needs to know which head it is: `loss_per_vector(hidden, targets)` in
+training and `sample(hidden, noise)` when drawing. `modeling_pisces.py` owns the instances.
+"""
+
+# n vectors in a flat batch, D width of the language model, Dg width of a generated vector, K noise draws per vector
+import math
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_pisces import PiscesConfig
+
+
+class PiscesProjector(nn.Module):
+    """Two linear layers with an activation between: vectors of one width to embeddings of another."""
+
+    def __init__(self, in_size: int, out_size: int, activation: str, bias: bool = True):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_size, out_size, bias=bias)
+        self.act = ACT2FN[activation]
+        self.linear_2 = nn.Linear(out_size, out_size, bias=bias)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(vectors)))
+
+
+class PiscesRegressionHead(nn.Module):
+    """Hidden state to the next vector; the paper's head, trained by mean squared error."""
+
+    is_stochastic = False
+
+    def __init__(self, config: PiscesConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.mlp = None
+        if config.gen_head_type == "mlp":
+            self.mlp = nn.Sequential(nn.Linear(width, width), ACT2FN[config.projector_hidden_act])
+        self.output = nn.Linear(width, config.gen_vector_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.to(self.output.weight.dtype)  # a head trained in fp32 on a bf16 language model
+        return self.output(hidden if self.mlp is None else self.mlp(hidden))
+
+    def loss_per_vector(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Squared error of each vector, mean over its elements: (n, D), (n, Dg) -> (n,) in fp32."""
+        return (self(hidden).float() - targets.float()).square().mean(-1)
+
+    def sample(self, hidden: torch.Tensor, noise: torch.Tensor | None = None, num_steps: int | None = None):
+        """(n, D) -> (n, Dg). `noise` and `num_steps` have no meaning for a regression and are refused upstream."""
+        return self(hidden)
+
+
+class PiscesFlowBlock(nn.Module):
+    """Residual MLP block whose norm is scaled and shifted by the condition."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 3 * width)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+class PiscesFlowHead(nn.Module):
+    """Samples the next vector with a small flow-matching network conditioned on the hidden state.
+
+    The straight path x_t = t * vector + (1 - t) * noise has the velocity `vector - noise`; the network learns it, and
+    drawing follows it from noise (t = 0) to a vector (t = 1) in Euler steps. Ours; the paper regresses. Flow matching:
+    Lipman et al., arXiv 2210.02747; a per-token network on an auto-regressive model: Li et al., arXiv 2406.11838.
+    """
+
+    is_stochastic = True
+    _TIME_FREQUENCIES = 64
+
+    def __init__(self, config: PiscesConfig):
+        super().__init__()
+        width = config.gen_flow_hidden_size or config.text_config.hidden_size
+        self.num_steps = config.gen_flow_num_steps
+        self.num_samples = config.gen_flow_num_samples
+        self.hidden_in = nn.Linear(config.text_config.hidden_size, width)
+        self.vector_in = nn.Linear(config.gen_vector_size, width)
+        self.time_in = nn.Sequential(nn.Linear(self._TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList([PiscesFlowBlock(width) for _ in range(config.gen_flow_num_layers)])
+        self.output_norm = nn.LayerNorm(width, eps=1e-6)
+        self.output = nn.Linear(width, config.gen_vector_size)
+
+    def forward(self, noisy: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Velocity at (noisy, time): (..., Dg), (...), (..., width) -> (..., Dg)."""
+        condition = nn.functional.silu(condition + self.time_in(self._embed_time(time).to(condition.dtype)))
+        x = self.vector_in(noisy)
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.output(self.output_norm(x))
+
+    def _embed_time(self, time: torch.Tensor) -> torch.Tensor:
+        half = self._TIME_FREQUENCIES // 2
+        # periods from 2 pi / 1000 to 2 pi: 1000 is the usual number of diffusion steps, t itself lies in [0, 1]
+        frequencies = torch.exp(math.log(1000.0) * torch.arange(half, device=time.device, dtype=torch.float32) / half)
+        angles = time.float().unsqueeze(-1) * frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def loss_per_vector(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Squared error of the velocity of each vector, mean over elements and K draws: -> (n,) in fp32.
+
+        In evaluation mode the draws come from a fixed seed, so that the same weights give the same loss.
+        """
+        shape = (self.num_samples, *targets.shape)
+        # drawn on the CPU when the seed is fixed: the same numbers on every device
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        device = targets.device if self.training else "cpu"
+        noise = torch.randn(shape, generator=generator, device=device).to(targets.device)
+        # squared: most steps of the path are decided near the noise, where uniform times would train too little
+        time = torch.rand(shape[:2], generator=generator, device=device).to(targets.device).square()
+        targets = targets.float()
+        noisy = torch.lerp(noise, targets, time.unsqueeze(-1))  # (K, n, Dg)
+        condition = self.hidden_in(hidden)
+        velocity = self(noisy.to(condition.dtype), time, condition.expand(self.num_samples, -1, -1))
+        return (velocity.float() - (targets - noise)).square().mean(-1).mean(0)
+
+    def sample(self, hidden: torch.Tensor, noise: torch.Tensor, num_steps: int | None = None) -> torch.Tensor:
+        """Follow the velocity from `noise`: (n, D), (n, Dg) -> (n, Dg)."""
+        num_steps = num_steps or self.num_steps
+        condition = self.hidden_in(hidden)
+        vector = noise.to(condition.dtype)
+        for step in range(num_steps):
+            time = torch.full(vector.shape[:-1], step / num_steps, device=vector.device)
+            vector = vector + self(vector, time, condition) / num_steps
+        return vector
+
+
+def build_gen_head(config: PiscesConfig) -> nn.Module:
+    """The generation head that `config.gen_head_type` names."""
+    return PiscesFlowHead(config) if config.gen_head_type == "flow" else PiscesRegressionHead(config)
+
+
+__all__ = ["PiscesFlowHead", "PiscesProjector", "PiscesRegressionHead", "build_gen_head"]
