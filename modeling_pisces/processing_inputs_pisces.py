@@ -1,0 +1,89 @@
+"""The stateless half of `PiscesProcessor`: lists of pictures, counts of placeholders, expansion of text.
+
+Pictures may come alone, as a flat list, as one list per row or as a batched array; everything here brings these forms
+together and refuses what does not fit, before a picture is opened. Only `processing_pisces` calls it.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+
+PICTURE_NDIM = 3  # (H, W, C) or (C, H, W)
+VECTORS_NDIM = 2  # (M, Dg), one drawn picture as vectors
+
+
+def flatten(items: Any, ndim: int = PICTURE_NDIM) -> list:
+    """One item, a list, a list per row or an array of one dimension more, as a flat list in reading order."""
+    if items is None:
+        return []
+    if isinstance(items, (list, tuple)):
+        return [flat for item in items for flat in flatten(item, ndim)]
+    return list(items) if getattr(items, "ndim", 0) == ndim + 1 else [items]
+
+
+def check_counts(texts: list[str], token: str, items: Any, name: str, ndim: int = PICTURE_NDIM) -> None:
+    """Each row must have as many placeholders as pictures; totals that happen to agree are not enough.
+
+    Raises:
+        ValueError: naming the row, both counts and the next step. It contains the sentence that transformers' own
+            processors use, because trainers and its test suite look for it.
+    """
+    placeholders = [text.count(token) for text in texts]
+    given_counts = _count_per_row(items, placeholders, name, ndim)
+    for row, (found, given) in enumerate(zip(placeholders, given_counts, strict=True)):
+        if found != given:
+            raise ValueError(
+                f"row {row}: found {found} {token} tokens but {given} {name}; the number of {token} tokens in the "
+                f"prompts should be the same as the number of {name}. Write one {token} per item, and pass {name} as "
+                "one list per row."
+            )
+
+
+def _count_per_row(items: Any, placeholders: list[int], name: str, ndim: int) -> list[int]:
+    if isinstance(items, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in items):
+        if len(items) != len(placeholders):
+            raise ValueError(
+                f"found {len(items)} lists of {name} but {len(placeholders)} rows of text; the number of placeholder "
+                f"tokens in the prompts should be the same as the number of {name}, row by row. Pass one list per "
+                "row, an empty one for a row without any."
+            )
+        return [len(flatten(row, ndim)) for row in items]
+    left, given = len(flatten(items, ndim)), []
+    for wanted in placeholders[:-1]:  # a flat list is dealt out in reading order; the last row gets the rest
+        given.append(min(wanted, left))
+        left -= given[-1]
+    return [*given, left]
+
+
+def expand_placeholders(text: str, pattern: re.Pattern, expansions: dict[str, Iterator[str]]) -> tuple[str, list]:
+    """Replace each match by the next expansion of its kind.
+
+    Args:
+        text: one row.
+        pattern: with one named group per kind of placeholder.
+        expansions: iterator of replacement texts, by the name of the group.
+
+    Returns:
+        The longer text, and for each replacement its type, its span in `text`, its new_span, and both texts: the form
+        that `ProcessorMixin.get_text_with_replacements` promises to assistant masks and servers.
+    """
+    pieces: list[str] = []
+    reports: list[dict] = []
+    last = length = 0
+    for match in pattern.finditer(text):
+        kind = str(match.lastgroup)
+        replacement = next(expansions[kind])
+        new_start = length + match.start() - last
+        new_span = (new_start, new_start + len(replacement))
+        report = {"type": kind, "span": match.span(), "new_span": new_span}
+        reports.append({**report, "text": match.group(), "replacement": replacement})
+        pieces += [text[last : match.start()], replacement]
+        last, length = match.end(), new_span[1]
+    return "".join(pieces) + text[last:], reports
+
+
+def call_setting(kwargs: dict, name: str) -> Any:
+    """A setting of one call, given flat or inside `text_kwargs` or `common_kwargs`; None if absent."""
+    places = (kwargs, kwargs.get("text_kwargs") or {}, kwargs.get("common_kwargs") or {})
+    return next((place[name] for place in places if place.get(name) is not None), None)

@@ -1,0 +1,256 @@
+"""`PiscesProcessor`: text and pictures in, model inputs out.
+
+It owns the expansion of placeholders for both image paths: a picture that the user shows becomes N x `<|image|>` and
+`pixel_values`; a picture that the assistant draws becomes `<|gen_start|>` M x `<|gen_image|>` `<|gen_end|>` and
+`gen_pixel_values`. Users call it directly or through `apply_chat_template` (in `chat_pisces`); collators and the
+pipeline do the same. Picture files are read by `image_loading_pisces`, lists and counts are in
+`processing_inputs_pisces`; resizing and normalising are left to two stock image processors.
+"""
+
+# I understanding images, J generation images, N / M placeholders per image, T tokens, Dg width of a generated vector
+
+import copy
+import re
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+import transformers
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import is_torchvision_available
+
+from .chat_pisces import GENERATION_MODES, PiscesChatProcessor
+from .conversations_pisces import default_chat_template
+from .image_loading_pisces import load_image
+from .processing_inputs_pisces import VECTORS_NDIM, call_setting, check_counts, expand_placeholders, flatten
+
+
+class PiscesProcessor(PiscesChatProcessor):
+    """Tokenizer plus one image processor per image path.
+
+    Args:
+        image_processor: for pictures to understand; any image processor class of transformers.
+        gen_image_processor: for pictures to draw (training targets). None makes an understanding-only processor.
+        tokenizer: a fast tokenizer that has the four special tokens below, each as one id.
+        chat_template: Jinja template; default: Llama-3.1's headers.
+        num_image_tokens: N, placeholders per understanding image; 729 for SigLIP so400m/14 at 384 px.
+        num_gen_image_tokens: M, placeholders per generated image; 64 in the paper. 0: this model does not draw.
+        image_token, gen_image_token, gen_start_token, gen_end_token: the special tokens' text.
+
+    Raises:
+        ValueError: a special token is not one id of the tokenizer, or a count is out of range.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        gen_image_processor=None,
+        tokenizer=None,
+        chat_template: str | None = None,
+        num_image_tokens: int = 729,
+        num_gen_image_tokens: int = 64,
+        image_token: str = "<|image|>",
+        gen_image_token: str = "<|gen_image|>",
+        gen_start_token: str = "<|gen_start|>",
+        gen_end_token: str = "<|gen_end|>",
+        **kwargs,
+    ):
+        if gen_image_processor is None:
+            num_gen_image_tokens = 0
+            gen_image_processor = copy.deepcopy(image_processor)  # never called; saving needs every attribute present
+        if num_image_tokens < 1 or num_gen_image_tokens < 0:
+            raise ValueError(
+                f"num_image_tokens={num_image_tokens}, num_gen_image_tokens={num_gen_image_tokens}: expected at least "
+                "1 and at least 0. Take them from the config's properties of the same names."
+            )
+        self.num_image_tokens = num_image_tokens
+        self.num_gen_image_tokens = num_gen_image_tokens
+        self.image_token, self.gen_image_token = image_token, gen_image_token
+        self.gen_start_token, self.gen_end_token = gen_start_token, gen_end_token
+        template = chat_template or default_chat_template(image_token, gen_image_token)
+        super().__init__(image_processor, gen_image_processor, tokenizer, chat_template=template, **kwargs)
+        self.image_token_id = self._single_id(image_token)
+        if self.can_draw:
+            self.gen_image_token_id = self._single_id(gen_image_token)
+            self.gen_start_token_id = self._single_id(gen_start_token)
+            self.gen_end_token_id = self._single_id(gen_end_token)
+
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str) -> type:
+        # Configs name the torchvision class. Without torchvision the base class finds the PIL one too, for the second
+        # image processor only after a warning at every load.
+        if module_name.endswith("ImageProcessor") and not is_torchvision_available():
+            module_name += "Pil" if hasattr(transformers, module_name + "Pil") else ""
+        return ProcessorMixin.get_possibly_dynamic_module(module_name)
+
+    @property
+    def can_draw(self) -> bool:
+        return self.num_gen_image_tokens > 0
+
+    def _single_id(self, token: str) -> int:
+        ids = self.tokenizer.encode(token, add_special_tokens=False)
+        if len(ids) != 1 or token not in self.tokenizer.get_added_vocab():
+            raise ValueError(
+                f"the tokenizer has no special token {token} (it reads it as {len(ids)} ids). Add it with "
+                'tokenizer.add_special_tokens({"additional_special_tokens": [...]}), or pass the name that it has.'
+            )
+        return ids[0]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        gen_images: Any = None,
+        gen_image_vectors: Any = None,
+        generation_mode: str | None = None,
+        gen_images_kwargs: dict | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Prepare text, pictures to understand and pictures to draw for the model.
+
+        Args:
+            images: one picture, a flat list in reading order, or one list per row. Whatever `load_image` reads.
+            text: one prompt or a list. Each `<|image|>` stands for one of `images`, each `<|gen_image|>` for one of
+                `gen_images` or `gen_image_vectors`. A beginning-of-text token that the text has is not doubled.
+            gen_images: pictures that the assistant drew, the targets of training; same forms as `images`.
+            gen_image_vectors: the same pictures as vectors (M, Dg) that the model encoded or drew, instead of pixels.
+            generation_mode: "image" ends every prompt in `<|gen_start|>`, ready to draw. Other modes change nothing.
+            gen_images_kwargs: settings of one call for the generation image processor.
+            **kwargs: as for any processor: `return_tensors`, `padding`, `text_kwargs`, `images_kwargs`, ...
+                With `return_tensors`, rows are padded to the longest unless `padding` says otherwise.
+
+        Returns:
+            input_ids and attention_mask (rows, T); pixel_values (I, 3, H, W) and gen_pixel_values (J, 3, H, W), each
+            normalised by its image processor; gen_image_vectors (J, M, Dg). What was not given is absent.
+
+        Raises:
+            ValueError: naming the row, if pictures and placeholders do not match or a prompt is empty or longer than
+                the tokenizer's `model_max_length`; naming the file, if a picture cannot be read.
+        """
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        vectors = flatten(gen_image_vectors, VECTORS_NDIM)
+        self._check_call(kwargs, text, flatten(images), flatten(gen_images), vectors, generation_mode)
+        texts = [text] if isinstance(text, str) else text if text is None else list(text)
+        if texts is not None:
+            check_counts(texts, self.image_token, images, "images")
+            if vectors:
+                check_counts(texts, self.gen_image_token, gen_image_vectors, "gen_image_vectors", VECTORS_NDIM)
+            else:
+                check_counts(texts, self.gen_image_token, gen_images, "gen_images")
+            if generation_mode == "image":
+                texts = [self._open_drawing(row) for row in texts]
+            kwargs = self._with_text_defaults(kwargs, texts)
+        pictures = [load_image(picture) for picture in flatten(images)]
+        drawn = [load_image(picture) for picture in flatten(gen_images)]
+        outputs = BatchFeature()
+        if texts is not None or pictures:
+            outputs = super().__call__(images=pictures or None, text=texts, **kwargs)
+        if texts is not None:
+            self._check_lengths(outputs, is_truncated=bool(call_setting(kwargs, "truncation")))
+        if drawn:
+            settings = {"return_tensors": call_setting(kwargs, "return_tensors"), **(gen_images_kwargs or {})}
+            outputs["gen_pixel_values"] = self.gen_image_processor(drawn, **settings)["pixel_values"]
+        if vectors:
+            outputs["gen_image_vectors"] = self._stack_vectors(vectors)
+        return outputs
+
+    def _check_call(self, kwargs, text, images, gen_images, vectors, generation_mode) -> None:
+        if unsupported := [key for key in ("videos", "audio") if key in kwargs]:
+            raise ValueError(f"PiscesProcessor reads text and pictures, not {unsupported[0]}. Leave it out.")
+        if text is None and not (images or gen_images or vectors):
+            raise ValueError("nothing to process: give text, images, gen_images, or several of them.")
+        if text is not None and not isinstance(text, str):
+            if not isinstance(text, (list, tuple)) or not text or not all(isinstance(row, str) for row in text):
+                raise ValueError(f"text must be a string or a non-empty list of strings, not {text!r:.80}.")
+        if generation_mode not in (None, *GENERATION_MODES):
+            raise ValueError(f"generation_mode={generation_mode!r}: expected one of {', '.join(GENERATION_MODES)}.")
+        if not self.can_draw and (gen_images or vectors or generation_mode in ("image", "interleaved")):
+            raise ValueError(
+                "this processor is understanding-only (num_gen_image_tokens=0), so it takes no drawing mode and no "
+                "gen_images. Load a checkpoint that has a gen_vision_config."
+            )
+        if gen_images and vectors:
+            raise ValueError(
+                "gen_images and gen_image_vectors were both given. Encode the pictures with model.encode_gen_images "
+                "and pass all of them as gen_image_vectors, in reading order."
+            )
+
+    def _open_drawing(self, text: str) -> str:
+        return text if text.endswith(self.gen_start_token) else text + self.gen_start_token
+
+    def _with_text_defaults(self, kwargs: dict, texts: list[str]) -> dict:
+        bos = self.tokenizer.bos_token
+        if call_setting(kwargs, "add_special_tokens") is None and bos and all(text.startswith(bos) for text in texts):
+            kwargs["add_special_tokens"] = False  # the chat template wrote it already
+        is_padding_chosen = call_setting(kwargs, "padding") is not None or "padding" in self.tokenizer.init_kwargs
+        if not is_padding_chosen and call_setting(kwargs, "return_tensors") is not None:
+            kwargs["padding"] = True  # rows of different lengths do not fit into one tensor otherwise
+        return kwargs
+
+    def _check_lengths(self, outputs: BatchFeature, is_truncated: bool) -> None:
+        ids = outputs["input_ids"]
+        masks = outputs.get("attention_mask", [[1] * len(row) for row in ids])
+        for row, mask in enumerate(masks):
+            length = int(torch.as_tensor(mask).sum())
+            if length == 0:
+                raise ValueError(f"row {row}: the prompt is empty and gives no tokens. Write at least one character.")
+            if length > self.tokenizer.model_max_length and not is_truncated:
+                raise ValueError(
+                    f"row {row}: the prompt has {length} tokens, more than the tokenizer's model_max_length "
+                    f"{self.tokenizer.model_max_length}. Shorten it, or pass truncation=True to cut it on purpose."
+                )
+
+    def _stack_vectors(self, vectors: list) -> torch.Tensor:
+        vectors = [torch.as_tensor(vector) for vector in vectors]
+        expected = (self.num_gen_image_tokens, *vectors[0].shape[1:2])
+        for index, vector in enumerate(vectors):
+            if vector.ndim != VECTORS_NDIM or vector.shape != expected:
+                raise ValueError(
+                    f"gen_image_vectors {index}: shape {tuple(vector.shape)}, expected {self.num_gen_image_tokens} "
+                    "vectors of one width. Take them from model.encode_gen_images or from "
+                    'model.generate(..., generation_mode="image").'
+                )
+        return torch.stack(vectors)  # (J, M, Dg)
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * self.num_image_tokens
+
+    def get_text_with_replacements(
+        self,
+        text: list[str],
+        images_replacements: Sequence[str] = (),
+        videos_replacements: Sequence[str] = (),
+        audio_replacements: Sequence[str] = (),
+    ) -> tuple[list[str], list[list[dict]]]:
+        """Expand both kinds of placeholder, and report where, so that assistant masks and servers can follow.
+
+        Both here and not elsewhere: text that grows outside this method silently shifts assistant masks. A
+        `<|gen_image|>` that the text already wraps in `<|gen_start|>` and `<|gen_end|>` is not wrapped twice.
+        """
+        start, gen, end = (re.escape(t) for t in (self.gen_start_token, self.gen_image_token, self.gen_end_token))
+        patterns = [f"(?P<gen_image>(?:{start})?{gen}(?:{end})?)"] if self.can_draw else []
+        if images_replacements:  # a server tokenizes text alone first; then placeholders stay single
+            patterns.append(f"(?P<image>{re.escape(self.image_token)})")
+        pattern = re.compile("|".join(patterns) or r"(?!)")
+        drawing = self.gen_start_token + self.gen_image_token * self.num_gen_image_tokens + self.gen_end_token
+        expansions = {"image": iter(images_replacements), "gen_image": repeat(drawing)}
+        rows = [expand_placeholders(row, pattern, expansions) for row in text]
+        return [row for row, _ in rows], [reports for _, reports in rows]
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        drawing = ["gen_image"] if self.can_draw else []  # truncation may cut either kind
+        super()._check_special_mm_tokens(text, text_inputs, [*modalities, *drawing])
+
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
+        """Placeholders per understanding image; serving engines ask this before they see any pixels."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        drawing = ["gen_pixel_values"] if self.can_draw else []
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, *drawing]
