@@ -1,0 +1,165 @@
+"""The arithmetic of the diffusion decoder: sizes, time steps, starting noise, guided prediction, VAE decoding.
+
+`pipeline_pisces.py` calls every function here, in the order in which it stands. Nothing here knows a prompt, a
+language model or a processor; what a call may ask for is checked in `pipeline_checks_pisces.py`.
+Letters: B samples, M generated vectors per image, Dg width of a generated vector, C latent channels, h x w latent size
+(equal to the picture's size when there is no VAE).
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .pipeline_checks_pisces import Generators
+
+
+try:
+    from diffusers.utils.torch_utils import get_module_execution_device
+except ImportError:  # diffusers < 0.42 knows one device for the whole pipeline
+    get_module_execution_device = None
+
+logger = logging.get_logger(__name__)
+
+
+def vae_scale_factor(vae: AutoencoderKL | AutoencoderTiny | None) -> int:
+    """Pixels of the picture per latent, along one side; 1 for a pixel-space decoder."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def picture_size(
+    unet: UNet2DConditionModel, vae: AutoencoderKL | AutoencoderTiny | None, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """Height and width in pixels, from the U-Net's own sample size where none is asked for.
+
+    Raises:
+        ValueError: a side is no positive multiple of the VAE's factor, or nothing says how large to draw.
+    """
+    factor, side = vae_scale_factor(vae), unet.config.sample_size
+    if side is None and (height is None or width is None):
+        raise ValueError("unet: sample_size is None, so the picture has no default size. Pass height= and width=.")
+    sides = (side, side) if isinstance(side, int) or side is None else tuple(side)
+    height = sides[0] * factor if height is None else height
+    width = sides[1] * factor if width is None else width
+    for name, value in (("height", height), ("width", width)):
+        if not isinstance(value, int) or value < 1 or value % factor:
+            raise ValueError(
+                f"{name} is {value!r}; expected a positive multiple of {factor}, this decoder's pixels per latent."
+            )
+    return height, width
+
+
+def set_timesteps(
+    scheduler, num_inference_steps: int, device: torch.device, timesteps: Sequence | None, sigmas: Sequence | None
+) -> tuple[Tensor, int]:
+    """Let the scheduler plan the steps; custom `timesteps` or `sigmas` replace `num_inference_steps`.
+
+    Returns:
+        the timesteps, one per U-Net call, and the number of steps that the progress bar counts.
+
+    Raises:
+        ValueError: both are given, or this scheduler cannot take the given one.
+    """
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("timesteps and sigmas are both given; pass one of them.")
+    both = {"timesteps": timesteps, "sigmas": sigmas}
+    custom: dict[str, Any] = {name: value for name, value in both.items() if value is not None}
+    for name in custom:
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"{type(scheduler).__name__} takes no custom {name}. Pass num_inference_steps=, or swap the scheduler."
+            )
+    steps = custom or {"num_inference_steps": num_inference_steps}
+    scheduler.set_timesteps(**steps, device=device)
+    return scheduler.timesteps, len(scheduler.timesteps) if custom else num_inference_steps
+
+
+def step_options(scheduler, eta: float, generator: Generators) -> dict:
+    """The optional arguments that this scheduler's `step` understands; not every one has noise or an eta."""
+    known = inspect.signature(scheduler.step).parameters
+    if eta and "eta" not in known:
+        logger.warning(f"eta={eta} has no effect: {type(scheduler).__name__} does not use it.")
+    options = {"eta": eta, "generator": generator}
+    return {name: value for name, value in options.items() if name in known}
+
+
+def start_latents(
+    scheduler, shape: tuple[int, int, int, int], generator: Generators, device: torch.device, latents: Tensor | None
+) -> Tensor:
+    """The noise that denoising starts from, (B, C, h, w) in fp32, scaled as the scheduler wants it."""
+    if latents is None:
+        # fp32 whatever the weights are, so that one seed means one picture in every dtype
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    # flow-matching schedulers start from unit noise and have no such factor
+    return latents.to(device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def predict(
+    unet: UNet2DConditionModel,
+    latents: Tensor,
+    timestep: Tensor,
+    vectors: Tensor,
+    negative_vectors: Tensor | None,
+    guidance_scale: float,
+    time_ids: Tensor | None,
+) -> Tensor:
+    """One call of the U-Net, guided away from `negative_vectors` where there are any.
+
+    Args:
+        latents: (B, C, h, w), scaled for the U-Net.
+        vectors, negative_vectors: (B, M, Dg).
+        time_ids: (6,) sizes and crop of SDXL, or None for U-Nets without them.
+
+    Returns:
+        (B, C, h, w) in fp32: noise, sample or velocity, as the U-Net was trained.
+    """
+    if negative_vectors is not None:
+        latents, vectors = torch.cat([latents, latents]), torch.cat([negative_vectors, vectors])
+    vectors = vectors.to(unet.dtype)
+    added = None
+    if time_ids is not None:
+        added = {"text_embeds": vectors.mean(1), "time_ids": time_ids.to(vectors).expand(len(vectors), -1)}
+    output = unet(
+        latents.to(unet.dtype),
+        timestep,
+        encoder_hidden_states=vectors,
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0].float()  # fp32: schedulers subtract nearly equal numbers
+    if negative_vectors is None:
+        return output
+    negative, positive = output.chunk(2)
+    return negative + guidance_scale * (positive - negative)
+
+
+def decode_latents(vae: AutoencoderKL | AutoencoderTiny | None, latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) to pixels (B, 3, H, W) in about [-1, 1]; without a VAE the latents are the pixels."""
+    if vae is None:
+        return latents
+    latents = _unscale_latents(vae.config, latents)
+    if get_module_execution_device is not None:
+        latents = latents.to(get_module_execution_device(vae))  # a VAE on a device of its own
+    # fp32 here: the SDXL VAE overflows in fp16 and returns black images; its config says so with force_upcast
+    needs_upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if not needs_upcast:
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    vae.to(dtype=torch.float32)
+    try:
+        return vae.decode(latents.float(), return_dict=False)[0]
+    finally:
+        vae.to(dtype=torch.float16)  # exact: every fp16 number survives the way to fp32 and back
+
+
+def _unscale_latents(config, latents: Tensor) -> Tensor:
+    """Undo the scaling that gives the U-Net latents of about unit variance: one factor, or one per channel."""
+    latents = latents / config.scaling_factor
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))
+        return latents * std + mean
+    return latents + (getattr(config, "shift_factor", None) or 0.0)

@@ -1,0 +1,182 @@
+"""How `PiscesPipeline` is loaded and saved: one folder holds the decoder and, at its root, the language model.
+
+The pipeline inherits `PipelineLoadingMixin`; the rest of this file finds the language model that lies beside a
+decoder, in a folder or in one revision of a Hub repository. It is loaded through the Auto classes of transformers,
+because the classes of the package may be remote code themselves.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+
+from .pipeline_checks_pisces import check_decoder
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as Base
+else:
+    Base = object  # the pipeline brings DiffusionPipeline; diffusers wants one subclass of it per file
+
+# arguments of from_pretrained that mean the same to diffusers and to transformers
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+def has_language_model(source: str | os.PathLike, **hub_options: Any) -> bool:
+    """Whether a folder or Hub repository has a Pisces model at its root, in the transformers layout."""
+    if os.path.isdir(source):
+        path = os.path.join(source, "config.json")
+        if not os.path.isfile(path):
+            return False
+    else:
+        try:
+            path = hf_hub_download(str(source), "config.json", **hub_options)
+        except EntryNotFoundError:
+            return False
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("model_type") == "pisces"
+
+
+def language_model_dtype(dtype: Any) -> Any:
+    """What diffusers calls a dtype (nothing, one for all, or a dict of components) as one for the language model."""
+    if isinstance(dtype, dict):
+        dtype = dtype.get("vision_language_model", dtype.get("default"))
+    return "auto" if dtype is None else dtype  # "auto": as saved; fp32 would double the memory of an 8B model
+
+
+def source_of_decoder(source: str | os.PathLike, unet: UNet2DConditionModel) -> dict[str, Any] | None:
+    """Where, and at which revision, `DiffusionPipeline.from_pretrained(source)` has just found the decoder.
+
+    It does not tell the pipeline its `revision` and `cache_dir`. The U-Net remembers its folder, and in the cache of
+    the Hub that folder lies in `<cache_dir>/<repository>/snapshots/<commit>/`.
+
+    Returns:
+        options for `from_pretrained`, or None if the U-Net came from elsewhere.
+    """
+    if os.path.isdir(source):
+        return {}
+    folder = Path(unet.config.get("_name_or_path") or "").absolute().parent
+    if folder.parent.name != "snapshots":
+        return None
+    return {"revision": folder.name, "cache_dir": str(folder.parents[2])}
+
+
+class PipelineLoadingMixin(Base):
+    """`from_pretrained`, `save_pretrained` and what they need; to be inherited before `DiffusionPipeline`."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, load_language_model: bool = True, **kwargs
+    ) -> Any:
+        """Load the decoder and, from the same folder or Hub repository, the language model and its processor.
+
+        Args:
+            pretrained_model_name_or_path: a checkpoint folder, or a Hub id.
+            load_language_model: False loads the decoder only, to draw from `image_vectors`.
+            kwargs: as for every diffusers pipeline. `revision`, `token`, `cache_dir`, `local_files_only`,
+                `force_download`, `trust_remote_code`, `device_map` and the dtype also apply to the language model;
+                without a dtype it keeps the one it was saved in. `vision_language_model=` and `processor=` replace
+                the folder's own, and None there attaches none.
+        """
+        source = pretrained_model_name_or_path
+        pipe = super().from_pretrained(source, load_language_model=False, **kwargs)
+        parts = {"vision_language_model", "processor"} - set(kwargs)
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        if load_language_model and parts and has_language_model(source, **hub_options):
+            device_map = kwargs.get("device_map")
+            pipe.load_language_model(
+                source,
+                dtype=language_model_dtype(kwargs.get("dtype", kwargs.get("torch_dtype"))),
+                device_map="auto" if device_map == "balanced" else device_map,  # the same idea, in transformers' word
+                trust_remote_code=kwargs.get("trust_remote_code", False),
+                parts=parts,
+                **hub_options,
+            )
+        return pipe
+
+    def load_language_model(
+        self,
+        source: str | os.PathLike | None = None,
+        dtype: Any = "auto",
+        device_map: Any = None,
+        trust_remote_code: bool = False,
+        parts: set[str] | tuple[str, ...] = ("vision_language_model", "processor"),
+        **hub_options,
+    ) -> None:
+        """Attach the language model and processor of a checkpoint; before `.to()` or offloading, which place both.
+
+        Args:
+            source: a checkpoint folder or Hub id; None is where the decoder came from.
+            dtype: "auto" keeps the dtype of the checkpoint.
+            device_map, trust_remote_code, hub_options: as in transformers.
+            parts: which of the two components to replace.
+
+        Raises:
+            ValueError: the checkpoint is no Pisces model, or its vectors do not fit this decoder. Before its weights
+                are read.
+        """
+        source = self.name_or_path if source is None else source
+        if source is None or not has_language_model(source, **hub_options):
+            raise ValueError(
+                f"{source}: no Pisces model there (a config.json with model_type 'pisces'). Give the checkpoint "
+                "folder or the Hub id of one."
+            )
+        options = {"trust_remote_code": trust_remote_code, **hub_options}
+        if "vision_language_model" in parts:
+            config = AutoConfig.from_pretrained(source, **options)
+            check_decoder(self.unet, self.vae, config.gen_vector_size, str(source))
+            model = AutoModelForMultimodalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
+            self.register_modules(vision_language_model=model.eval())
+        if "processor" in parts:
+            self.register_modules(processor=AutoProcessor.from_pretrained(source, **options))
+
+    def register_to_config(self, **kwargs) -> None:
+        """Note settings of the pipeline, as diffusers does; and attach the language model to a pipeline named so late.
+
+        `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` builds this class without calling its
+        `from_pretrained`. Its last act is to note where the parts came from, and there the model lies too.
+        """
+        super().register_to_config(**kwargs)
+        source = kwargs.get("_name_or_path")
+        if source is None or not getattr(self, "_attach_when_named", False) or self.vision_language_model is not None:
+            return
+        self._attach_when_named = False
+        hub_options = source_of_decoder(source, self.unet)
+        if hub_options is None or not has_language_model(source, **hub_options):
+            return
+        # fp32 is what diffusers gives those who ask for nothing; the repository's code is running already
+        dtype = "auto" if self.unet.dtype == torch.float32 else self.unet.dtype
+        self.load_language_model(source, dtype=dtype, trust_remote_code=True, **hub_options)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs) -> Any:
+        """A pipeline that shares the parts of another one; nothing is loaded."""
+        return super().from_pipe(pipeline, **{"load_language_model": False, **kwargs})
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save the decoder: U-Net, VAE, scheduler and `model_index.json`, without language model and processor.
+
+        Those belong at the root of the same folder, where `model.save_pretrained(folder)` and
+        `processor.save_pretrained(folder)` put them and `from_pretrained(folder)` finds them again; a copy inside the
+        pipeline would double the checkpoint. Arguments are those of diffusers.
+        """
+        names = ("unet", "scheduler", "vae")
+        defaults = ("default_num_inference_steps", "default_guidance_scale")
+        decoder = type(self)(
+            **{name: getattr(self, name) for name in names}, **{name: self.config[name] for name in defaults}
+        )
+        super(PipelineLoadingMixin, decoder).save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        # exported folders name this class as remote code; whoever calls it has the code and need not trust a copy
+        settings = super()._dict_from_json_file(json_file)
+        if isinstance(settings.get("_class_name"), list):
+            settings["_class_name"] = settings["_class_name"][1]
+        return settings
