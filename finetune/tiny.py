@@ -1,0 +1,210 @@
+"""The parts of pisces-tiny put together: tokenizer from the scene texts, processor, configuration, first checkpoint.
+
+`python -m finetune.tiny assemble` reads the towers that stage 0 trained and writes the checkpoint that the three
+stages start from; `python -m finetune.tiny finish` adds the decoder to the last stage's checkpoint. The order of all
+commands, with their settings, stands in `finetune/tiny.sh`.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoModel,
+    CLIPImageProcessorPil,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+)
+
+from finetune.conversations import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
+from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
+
+
+SPECIAL_TOKENS = (
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    *("<|image|>", "<|gen_image|>", "<|gen_start|>", "<|gen_end|>"),
+)
+VOCABULARY_SIZE = 512
+IMAGE_SIZE = 64
+# Compact turns: at this size a Llama-3.1 header would be a third of the sequence.
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<|assistant|>' }}
+        {%- generation %}
+            {%- if message['content'] is string %}
+                {{- message['content'] }}
+            {%- else %}
+                {%- for part in message['content'] %}
+                    {{- '<|gen_image|>' if part['type'] == 'image' else part['text'] }}
+                {%- endfor %}
+            {%- endif %}
+            {{- '<|end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- '<|user|>' }}
+        {%- if message['content'] is string %}
+            {{- message['content'] }}
+        {%- else %}
+            {%- for part in message['content'] %}
+                {{- '<|image|>' if part['type'] == 'image' else part['text'] }}
+            {%- endfor %}
+        {%- endif %}
+        {{- '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- endif %}
+"""
+
+
+def scene_texts(data: Path) -> list[str]:
+    """Every caption, question and answer of a data folder."""
+    texts = [*SHORT_REQUESTS, *DETAILED_REQUESTS]
+    for row in read_rows(data):
+        texts += row["captions"]
+        for question in row["questions"]:
+            texts += [question["question"], question["paraphrase"], question["answer"]]
+    return texts
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 512 entries: short sequences for scene texts, and any other text still has a spelling.
+
+    Upper case is folded, so that a capital letter costs the small model nothing.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast, config: PiscesConfig) -> PiscesProcessor:
+    """Both image processors resize to the towers' 64 pixels and normalise to [-1, 1]."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    half = [0.5, 0.5, 0.5]
+    return PiscesProcessor(
+        image_processor=SiglipImageProcessorPil(size=size, image_mean=half, image_std=half),
+        gen_image_processor=CLIPImageProcessorPil(
+            size=size, do_center_crop=False, image_mean=half, image_std=half, resample=3
+        ),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+        num_image_tokens=config.num_image_tokens,
+        num_gen_image_tokens=config.num_gen_image_tokens,
+    )
+
+
+def make_config(
+    tokenizer: PreTrainedTokenizerFast, vision_config, gen_vision_config, gen_head_type: str
+) -> PiscesConfig:
+    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
+    text_config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=ids["<|begin_of_text|>"],
+        eos_token_id=ids["<|end|>"],
+        pad_token_id=ids["<|pad|>"],
+    )
+    return PiscesConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        gen_vision_config=gen_vision_config,
+        gen_pool_stride=2,
+        gen_head_type=gen_head_type,
+        gen_flow_hidden_size=192,
+        gen_flow_num_layers=3,
+        gen_flow_num_steps=16,
+        image_token_id=ids["<|image|>"],
+        gen_image_token_id=ids["<|gen_image|>"],
+        gen_start_token_id=ids["<|gen_start|>"],
+        gen_end_token_id=ids["<|gen_end|>"],
+    )
+
+
+def assemble(
+    data: Path, vision_tower: Path, gen_vision_tower: Path, output: Path, gen_head_type: str, seed: int
+) -> None:
+    """Write the first checkpoint: trained towers, everything else at its random start."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(scene_texts(data))
+    vision = AutoModel.from_pretrained(vision_tower)
+    gen_vision = AutoModel.from_pretrained(gen_vision_tower)
+    config = make_config(tokenizer, vision.config, gen_vision.config, gen_head_type)
+    model = PiscesForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(vision.state_dict())
+    model.model.gen_vision_tower.load_state_dict(gen_vision.state_dict())
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config.update(max_new_tokens=64, **ends)
+    model.save_pretrained(output)
+    make_processor(tokenizer, config).save_pretrained(output)
+
+
+def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
+    """Copy the last stage's checkpoint and the decoder's parts into one folder with both layouts."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    from modeling_pisces.pipeline_pisces import PiscesPipeline
+
+    output.mkdir(parents=True, exist_ok=True)
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and path.name != "results.json":
+            shutil.copyfile(path, output / path.name)
+    pipeline = PiscesPipeline(
+        unet=UNet2DConditionModel.from_pretrained(decoder / "unet"),
+        vae=AutoencoderKL.from_pretrained(decoder / "vae"),
+        scheduler=DDIMScheduler.from_pretrained(decoder / "scheduler"),
+        default_num_inference_steps=20,
+        default_guidance_scale=1.5,
+    )
+    pipeline.save_pretrained(output)
+    files = sorted(path for path in output.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(output)): path.stat().st_size for path in files}
+    print(json.dumps({"bytes": sum(sizes.values()), "files": sizes}, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    first = commands.add_parser("assemble", help="towers and tokenizer to a checkpoint that stage 1 starts from")
+    for name in ("data", "vision_tower", "gen_vision_tower", "output"):
+        first.add_argument(f"--{name}", type=Path, required=True)
+    first.add_argument("--gen_head_type", choices=("mlp", "linear", "flow"), default="flow")
+    first.add_argument("--seed", type=int, default=0)
+    last = commands.add_parser("finish", help="a trained checkpoint and a trained decoder to one folder")
+    for name in ("checkpoint", "decoder", "output"):
+        last.add_argument(f"--{name}", type=Path, required=True)
+    arguments = vars(parser.parse_args())
+    {"assemble": assemble, "finish": finish}[arguments.pop("command")](**arguments)
+
+
+if __name__ == "__main__":
+    main()

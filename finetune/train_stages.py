@@ -1,0 +1,158 @@
+"""The paper's three stages on a data folder: short captions, detailed captions, instructions; both sides in each.
+
+Run as `python -m finetune.train_stages --stage pretrain --checkpoint START --data DATA --output OUT`. Both towers stay
+frozen; the language model, both projectors and the generation head are trained. Reads a checkpoint folder, writes one.
+The loss is the model's own: one block of understanding rows and one of drawing rows per optimizer step.
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import SequentialSampler
+from tqdm import tqdm
+from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+import modeling_pisces  # noqa: F401  registers the Auto classes
+from finetune.conversations import PiscesDataCollator, StageConversations, read_rows
+from finetune.trainer import CurveCallback, RunArguments, WeightAverage, write_results
+from modeling_pisces import load_image
+
+
+@dataclass
+class StageArguments(RunArguments):
+    """Flags of one stage; those of `RunArguments` keep their meaning, `batch_size` is the rows of one block."""
+
+    checkpoint: str = field(default="", metadata={"help": "checkpoint folder to start from"})
+    stage: str = field(default="pretrain", metadata={"help": "pretrain, detail or instruct"})
+    pattern: str = field(default="ug", metadata={"help": "blocks of one step: u understanding, g generation"})
+    num_questions: int = field(default=6, metadata={"help": "questions per picture in the instruct stage"})
+    schedule: str = field(
+        default="cosine", metadata={"help": "learning rate after the warm-up, by transformers' name"}
+    )
+    input_noise: float = field(default=0.1, metadata={"help": "gen_input_noise: noise on teacher-forced vectors"})
+    bf16: bool = field(default=False, metadata={"help": "autocast to bfloat16; weights stay fp32"})
+    num_workers: int = field(default=0, metadata={"help": "processes that prepare batches"})
+
+
+class PiscesTrainer(Trainer):
+    """Trainer that logs both losses apart, and R^2 where the head regresses; rows come in the order of the dataset."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sums: dict[str, float] = {}
+
+    def _get_train_sampler(self, *args, **kwargs) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        outputs = model(**inputs, use_cache=False)
+        self._add("text_loss", outputs.text_loss_sum, outputs.num_text_tokens)
+        self._add("image_loss", outputs.image_loss_sum, outputs.num_image_vectors)
+        if outputs.image_target_variance is not None:
+            total = outputs.image_target_variance * outputs.num_image_vectors
+            self._add("image_target_variance", total, outputs.num_image_vectors)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _add(self, name: str, total: torch.Tensor | None, count: torch.Tensor):
+        if total is not None:
+            self._sums[name] = self._sums.get(name, 0.0) + float(total.detach())
+            self._sums[name + "_count"] = self._sums.get(name + "_count", 0.0) + float(count)
+
+    def log(self, logs: dict[str, float], *args, **kwargs):
+        for name in ("text_loss", "image_loss", "image_target_variance"):
+            if count := self._sums.get(name + "_count"):
+                logs[name] = round(self._sums[name] / count, 5)
+        self._sums = {}
+        super().log(logs, *args, **kwargs)
+
+
+@torch.no_grad()
+def encode_pictures(model, processor, folder: Path, batch_size: int = 256) -> torch.Tensor:
+    """The pooled vectors of every picture of a data folder: (pictures, M, Dg), on the CPU."""
+    paths = [folder / row["image"] for row in read_rows(folder)]
+    vectors = []
+    for start in tqdm(range(0, len(paths), batch_size), desc="encoding pictures"):
+        images = [load_image(path) for path in paths[start : start + batch_size]]
+        pixels = processor.gen_image_processor(images, return_tensors="pt")["pixel_values"]
+        vectors.append(model.encode_gen_images(pixels.to(model.device)).cpu())
+    return torch.cat(vectors)
+
+
+def freeze_towers(model) -> None:
+    """The encoders stay as they are in all stages; everything else is trained."""
+    model.model.vision_tower.requires_grad_(False)
+    model.model.gen_vision_tower.requires_grad_(False)
+
+
+def training_arguments(run: StageArguments) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(Path(run.output) / "checkpoints"),
+        max_steps=run.max_steps,
+        per_device_train_batch_size=run.batch_size,
+        gradient_accumulation_steps=len(run.pattern),  # one step sees every block of the pattern
+        learning_rate=run.learning_rate,
+        lr_scheduler_type=run.schedule,
+        warmup_steps=min(run.warmup_steps, run.max_steps // 2),
+        weight_decay=run.weight_decay,
+        adam_beta2=0.99,
+        max_grad_norm=1.0,
+        seed=run.seed,
+        bf16=run.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=run.log_steps,
+        logging_first_step=True,
+        save_steps=run.save_steps,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_num_workers=run.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+
+
+def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
+    """Run one stage and write the checkpoint folder `run.output`; what a resume needs is removed at the end."""
+    processor = AutoProcessor.from_pretrained(run.checkpoint)
+    model = AutoModelForMultimodalLM.from_pretrained(run.checkpoint, dtype=torch.float32)
+    freeze_towers(model)
+    model.config.gen_input_noise = run.input_noise
+    rows = StageConversations(
+        run.data,
+        run.stage,
+        num_rows=run.max_steps * run.batch_size * len(run.pattern),
+        batch_size=run.batch_size,
+        pattern=run.pattern,
+        num_questions=run.num_questions,
+        vectors=encode_pictures(model, processor, Path(run.data)),
+        seed=run.seed,
+    )
+    if run.bf16 and not torch.cuda.is_available():
+        model.set_attn_implementation("full_precision_sdpa")  # see finetune.trainer
+    average = WeightAverage(model, run.ema_decay)
+    trainer = PiscesTrainer(
+        model=model,
+        args=training_arguments(run),
+        train_dataset=rows,
+        data_collator=PiscesDataCollator(processor),
+        callbacks=[average, CurveCallback(average, None, run.eval_steps)],
+    )
+    checkpoints = Path(run.output) / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if run.resume and checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    average.swap()
+    model.set_attn_implementation("sdpa")
+    model.config.gen_input_noise = 0.0
+    model.save_pretrained(run.output)
+    processor.save_pretrained(run.output)
+    final = {name: value for name, value in trainer.state.log_history[-2].items() if name.endswith("_loss")}
+    write_results(run, f"train_stages {run.stage}", trainer.state.log_history, final)
+    if not keep_checkpoints:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return Path(run.output)
+
+
+if __name__ == "__main__":
+    train_stage(HfArgumentParser(StageArguments).parse_args_into_dataclasses()[0])

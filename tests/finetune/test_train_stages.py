@@ -1,0 +1,136 @@
+"""Claims about `finetune.conversations`, `finetune.train_stages` and `finetune.tiny`, at toy size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMultimodalLM, AutoProcessor, SiglipVisionConfig, SiglipVisionModel
+
+from finetune import tiny
+from finetune.conversations import PiscesDataCollator, StageConversations
+from finetune.scenes import write_scenes
+from finetune.train_stages import StageArguments, train_stage
+from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes") / "data", num_scenes=24, seed=3)
+
+
+@pytest.fixture(scope="module")
+def start(data, tmp_path_factory) -> Path:
+    """A checkpoint as `finetune.tiny assemble` writes it, with small random towers."""
+    folder = tmp_path_factory.mktemp("start")
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(image_size=64, patch_size=16, vision_use_head=False, **SMALL)
+    SiglipVisionModel(vision).save_pretrained(folder / "vision")
+    gen_vision = PiscesGenVisionConfig(image_size=64, patch_size=16, output_size=8, use_class_token=False, **SMALL)
+    PiscesGenVisionModel(gen_vision).save_pretrained(folder / "gen_vision")
+    tiny.assemble(data, folder / "vision", folder / "gen_vision", folder / "checkpoint", "flow", seed=0)
+    return folder / "checkpoint"
+
+
+def run_arguments(start: Path, data: Path, output: Path, **settings) -> StageArguments:
+    settings = {"max_steps": 4, "batch_size": 4, "warmup_steps": 1, "log_steps": 1, "save_steps": 2, **settings}
+    return StageArguments(checkpoint=str(start), data=str(data), output=str(output), **settings)
+
+
+def test_a_row_depends_on_seed_stage_and_index_alone(data):
+    first = StageConversations(data, "instruct", num_rows=64, batch_size=4, seed=5)
+    second = StageConversations(data, "instruct", num_rows=128, batch_size=4, seed=5)
+    assert [first[i] for i in (0, 5, 40)] == [second[i] for i in (0, 5, 40)]
+    assert first[0] != StageConversations(data, "instruct", num_rows=64, batch_size=4, seed=6)[0]
+
+
+def test_blocks_follow_the_pattern(data):
+    rows = StageConversations(data, "pretrain", num_rows=24, batch_size=4, pattern="ugg")
+    draws = [rows[i]["messages"][-1]["content"][0]["type"] == "image" for i in range(24)]
+    assert draws == ([False] * 4 + [True] * 8) * 2
+
+
+def test_stages_say_what_their_names_promise(data):
+    rows = [json.loads(line) for line in (data / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
+    detailed = {row["captions"][-1] for row in rows}
+    short = {caption for row in rows for caption in row["captions"][:-1]}
+
+    def prompts(stage: str) -> list[str]:
+        made = StageConversations(data, stage, num_rows=200, batch_size=1, pattern="g", empty_caption_rate=0.0)
+        return [made[i]["messages"][0]["content"][0]["text"] for i in range(200)]
+
+    assert set(prompts("pretrain")) <= short
+    assert 0.8 < sum(prompt in detailed for prompt in prompts("detail")) / 200 < 0.98  # nine in ten
+    questions = StageConversations(data, "instruct", num_rows=8, batch_size=8, pattern="u", num_questions=5)
+    assert len(questions[0]["messages"]) == 10
+
+
+def test_one_in_ten_prompts_is_empty_for_guidance(data):
+    rows = StageConversations(data, "instruct", num_rows=1000, batch_size=1, pattern="g")
+    share = sum(rows[i]["messages"][0]["content"][0]["text"] == "" for i in range(1000)) / 1000
+    assert 0.07 < share < 0.13
+
+
+def test_labels_cover_exactly_what_the_assistant_says_and_draws(data, start):
+    processor = AutoProcessor.from_pretrained(start)
+    image = str(data / "images/000000.png")
+    ask = [{"type": "image", "image": image}, {"type": "text", "text": "what shape?"}]
+    understanding = [{"role": "user", "content": ask}, {"role": "assistant", "content": "a red star"}]
+    drawing = [
+        {"role": "user", "content": "a star"},
+        {"role": "assistant", "content": [{"type": "image", "image": image}]},
+    ]
+    batch = PiscesDataCollator(processor)([{"messages": understanding}, {"messages": drawing}])
+    spoken = [processor.decode(ids[labels != -100]) for ids, labels in zip(batch["input_ids"], batch["labels"])]
+    assert spoken[0] == "a red star<|end|>"
+    assert spoken[1] == "<|gen_start|>" + "<|gen_image|>" * 4 + "<|gen_end|><|end|>"
+    assert batch["pixel_values"].shape[0] == batch["gen_pixel_values"].shape[0] == 1
+
+
+def test_upper_case_costs_nothing_and_any_text_has_a_spelling(start):
+    tokenizer = AutoProcessor.from_pretrained(start).tokenizer
+    assert tokenizer("A RED Star").input_ids == tokenizer("a red star").input_ids
+    assert tokenizer.decode(tokenizer("naïve 東京 ✓").input_ids) == "naïve 東京 ✓"
+
+
+def test_a_stage_lowers_both_losses_and_leaves_the_towers_alone(data, start, tmp_path):
+    run = run_arguments(start, data, tmp_path / "out", stage="instruct", max_steps=12, learning_rate=3e-3)
+    train_stage(run)
+    curve = [
+        point for point in json.loads((tmp_path / "out/results.json").read_text())["curve"] if "text_loss" in point
+    ]
+    assert curve[-1]["text_loss"] < 0.8 * curve[0]["text_loss"]
+    assert curve[-1]["image_loss"] < curve[0]["image_loss"]
+    before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    towers = {name for name in before if "vision_tower." in name}
+    assert same == towers
+    assert AutoModelForMultimodalLM.from_pretrained(tmp_path / "out").config.gen_input_noise == 0.0
+
+
+def test_a_resumed_stage_ends_with_the_same_weights(data, start, tmp_path):
+    whole = run_arguments(start, data, tmp_path / "whole", schedule="constant_with_warmup")
+    train_stage(whole)
+    # the first half alone, its checkpoints kept; then the whole length from there
+    halves = run_arguments(start, data, tmp_path / "halves", schedule="constant_with_warmup", max_steps=2)
+    train_stage(halves, keep_checkpoints=True)
+    halves.max_steps = 4
+    train_stage(halves)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_missing_data_names_the_file_and_the_command(tmp_path):
+    with pytest.raises(ValueError, match=r"scenes\.jsonl is missing.*python -m finetune\.scenes"):
+        StageConversations(tmp_path, "pretrain", num_rows=1, batch_size=1)
+
+
+def test_unknown_stage_and_pattern_are_refused(data):
+    with pytest.raises(ValueError, match=r"'warmup' is not known.*pretrain, detail, instruct"):
+        StageConversations(data, "warmup", num_rows=1, batch_size=1)
+    with pytest.raises(ValueError, match="pattern 'ux'"):
+        StageConversations(data, "pretrain", num_rows=1, batch_size=1, pattern="ux")
