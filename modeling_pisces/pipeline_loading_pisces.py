@@ -5,8 +5,10 @@ decoder, in a folder or in one revision of a Hub repository. It is loaded throug
 because the classes of the package may be remote code themselves.
 """
 
+import inspect
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +67,17 @@ def source_of_decoder(source: str | os.PathLike, unet: UNet2DConditionModel) -> 
     if folder.parent.name != "snapshots":
         return None
     return {"revision": folder.name, "cache_dir": str(folder.parents[2])}
+
+
+def save_remote_code(pipeline_class: type, folder: Path) -> None:
+    """Copy the files that define `pipeline_class` into `folder` and name it there as remote code."""
+    file = Path(inspect.getfile(pipeline_class))
+    for sibling in file.parent.glob("*_pisces.py"):
+        shutil.copyfile(sibling, folder / sibling.name)
+    index = folder / "model_index.json"
+    settings = json.loads(index.read_text(encoding="utf-8"))
+    settings["_class_name"] = [file.stem, pipeline_class.__name__]
+    index.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class PipelineLoadingMixin(Base):
@@ -164,7 +177,8 @@ class PipelineLoadingMixin(Base):
 
         Those belong at the root of the same folder, where `model.save_pretrained(folder)` and
         `processor.save_pretrained(folder)` put them and `from_pretrained(folder)` finds them again; a copy inside the
-        pipeline would double the checkpoint. Arguments are those of diffusers.
+        pipeline would double the checkpoint. A pipeline that came as remote code saves that code too, which diffusers
+        itself leaves out. Arguments are those of diffusers.
         """
         names = ("unet", "scheduler", "vae")
         defaults = ("default_num_inference_steps", "default_guidance_scale")
@@ -172,6 +186,8 @@ class PipelineLoadingMixin(Base):
             **{name: getattr(self, name) for name in names}, **{name: self.config[name] for name in defaults}
         )
         super(PipelineLoadingMixin, decoder).save_pretrained(save_directory, **kwargs)
+        if type(self).__module__.startswith("diffusers_modules."):
+            save_remote_code(type(self), Path(save_directory))
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:

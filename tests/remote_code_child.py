@@ -102,9 +102,7 @@ def main(source: str, picture: str, work: str, num_threads: str) -> None:
     results["reports"].append({key: sorted(map(str, value)) for key, value in report.items()})
     results["states"].append(model.state_dict())
     pipe.save_pretrained(again)
-    pipe = type(pipe).from_pretrained(
-        again, trust_remote_code=True
-    )  # diffusers saves no code: the class must be at hand
+    pipe = DiffusionPipeline.from_pretrained(again, trust_remote_code=True)
     results["second"] = compute(model, processor, pipe, picture)
     torch.save(results, Path(work) / "results.pt")
 
