@@ -1,0 +1,84 @@
+# Every command of the project. `make help` lists them; each one sets up what it needs and is quick when run again.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+MODEL ?= pisces-tiny
+IMAGE ?=
+QUESTION ?=
+PROMPT ?=
+SEED ?= 0
+OUTPUT ?= outputs
+TESTS ?= tests
+VERSION ?= 5.16.1 5.19.0 5.23.0
+
+# A shell argument, whatever quotes the value holds.
+quoted = '$(subst ','\'',$(1))'
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo examples test test-all test-transformers check format wheel-check clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+
+setup: $(INSTALLED) ## virtual environment in .venv with everything the repository uses
+
+# torch goes first and by plain name: where a CPU wheel is at hand pip takes it, and the rest then finds torch in place.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make: $(PYTHON) is missing or older than 3.10; name another one, for example: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "make: this Python cannot build virtual environments; on Debian: sudo apt install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (some minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[all]"
+	@touch $@
+
+demo: $(INSTALLED) ## questions about pictures and drawings on one contact sheet (IMAGE= QUESTION= PROMPT= SEED=)
+	@$(BIN)/python demo/run_demo.py --model $(call quoted,$(MODEL)) --output $(call quoted,$(OUTPUT)) --seed $(SEED) \
+		$(if $(IMAGE),--image $(call quoted,$(IMAGE))) $(if $(QUESTION),--question $(call quoted,$(QUESTION))) \
+		$(if $(PROMPT),--prompt $(call quoted,$(PROMPT)))
+
+examples: $(INSTALLED) ## render the sample pictures of examples/ again
+	@rm -rf examples
+	@$(BIN)/python -m finetune.scenes --output examples --num_scenes 12 --seed 1 --split heldout
+
+test: $(INSTALLED) ## the fast tests
+	@$(BIN)/python -m pytest -q -m "not slow" $(TESTS)
+
+test-all: $(INSTALLED) ## every test
+	@$(BIN)/python -m pytest -q $(TESTS)
+
+test-transformers: $(INSTALLED) ## the fast tests on several releases of transformers (VERSION="5.16.1 5.19.0 5.23.0")
+	@set -e; for version in $(VERSION); do \
+		venv=.venv-transformers-$$version; \
+		grep -vE '^(transformers|huggingface-hub)==' constraints.txt > $(VENV)/constraints-without-transformers.txt; \
+		if [ ! -f $$venv/.installed ] || [ constraints.txt -nt $$venv/.installed ] || [ pyproject.toml -nt $$venv/.installed ]; then \
+			echo "Installing transformers $$version into $$venv ..."; \
+			$(PYTHON) -m venv $$venv; \
+			$$venv/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints-without-transformers.txt torch; \
+			$$venv/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints-without-transformers.txt \
+				transformers==$$version --editable ".[all]"; \
+			touch $$venv/.installed; \
+		fi; \
+		echo "== transformers $$version"; \
+		$$venv/bin/python -m pytest -q -m "not slow" $(TESTS); \
+	done
+
+check: $(INSTALLED) ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+wheel-check: $(INSTALLED) ## build the wheel, install it alone in an empty environment, import it and run the command
+	@$(BIN)/python -m pytest -q -m slow tests/test_project.py
+
+clean: ## remove environments, caches and build products (outputs/ and runs/ stay)
+	rm -rf .venv .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,212 @@
+"""The project's own rules: what the wheel holds, who imports whom, what may stand in a file, what the README says."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modeling_pisces"
+ROOMS = ("modeling_pisces", "conversion", "finetune", "evaluation", "benchmarks", "demo")
+# what code that the Hub carries may import at the top: the loader refuses to run where anything else is missing
+HUB_IMPORTS = {"torch", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors"}
+DIFFUSERS_FILES = ("pipeline_", "decoder_")  # reached from the pipeline only
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".jinja", ".cfg", ""}
+
+
+def project_files():
+    """The files that git knows or would add; all but the ignored ones."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
+
+
+def python_files(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported_modules(path, top_level_only=False):
+    """Names of absolutely imported modules; optionally only those that importing the file needs in any case."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = [node for node in ast.walk(tree) if isinstance(node, ast.Try | ast.If)] if top_level_only else []
+    optional = {id(inner) for outer in guarded for inner in ast.walk(outer)}
+    for node in ast.walk(tree):
+        if id(node) in optional:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+
+
+def read_toml():
+    if sys.version_info < (3, 11):
+        pytest.skip("tomllib came with Python 3.11")
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+# ---- rooms
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if (ROOT / room).is_dir()])
+def test_rooms_never_import_each_other(room):
+    others = {other for other in ROOMS if other not in (room, "modeling_pisces")} | {"tests"}
+    for path in python_files(room):
+        wrong = others & {name.split(".")[0] for name in imported_modules(path)}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}: rooms meet through folders on disk"
+
+
+def test_the_package_is_flat_and_its_files_import_each_other_by_name():
+    for path in python_files("modeling_pisces"):
+        assert path.parent == PACKAGE, f"{path}: sub-packages do not travel to the Hub"
+        for line in path.read_text(encoding="utf-8").splitlines():
+            match = re.match(r"\s*(from\s+\.\S*|import\s+\.|from\s+modeling_pisces\b)", line)
+            is_plain = match is None or re.match(r"\s*from \.\w+ import ", line)
+            assert is_plain or ">>>" in line, (
+                f"{path.name}: {line.strip()!r}; the Hub's loader follows only `from .name import X`"
+            )
+
+
+def test_the_package_needs_only_what_the_hub_loader_may_assume():
+    allowed = HUB_IMPORTS | set(sys.stdlib_module_names)
+    for path in python_files("modeling_pisces"):
+        known = allowed | ({"diffusers"} if path.name.startswith(DIFFUSERS_FILES) else set())
+        wrong = {name for name in imported_modules(path, top_level_only=True) if name.split(".")[0] not in known}
+        assert not wrong, f"{path.name} needs {wrong}; guard it with try, or keep it out of the package"
+
+
+def test_nothing_imports_torchvision():
+    for room in (*ROOMS, "tests"):
+        for path in python_files(room):
+            assert not any(name.split(".")[0] == "torchvision" for name in imported_modules(path)), path
+
+
+def test_importing_the_package_does_not_import_diffusers():
+    code = "import sys, modeling_pisces; print('diffusers' in sys.modules, 'torchvision' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "tests"])
+def test_every_module_opens_with_what_lives_in_it(room):
+    for path in python_files(room):
+        source = path.read_text(encoding="utf-8")
+        if source.strip():
+            assert ast.get_docstring(ast.parse(source)), f"{path.relative_to(ROOT)} has no opening paragraph"
+
+
+# ---- what may stand in a file
+
+
+def test_no_file_names_a_machine():
+    """Paths and hosts of one machine mean nothing to the next reader."""
+    words = ["/work" + "/", "/opt" + "/venv", "/opt" + "/pypi", "/opt" + "/wheels", "/root" + "/", "/home" + "/"]
+    words += ["download.pytorch" + ".org", "pypi" + ".org/simple", "extra-index" + "-url"]
+    for path in project_files():
+        if path.suffix not in TEXT_SUFFIXES or path.stat().st_size > 2**20:
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found = [word for word in words if word in text]
+        assert not found, f"{path.relative_to(ROOT)} contains {found}"
+
+
+def test_checkpoint_fits_in_a_git_repository():
+    folder = ROOT / "pisces-tiny"
+    if not folder.is_dir():
+        pytest.skip("pisces-tiny is not in this checkout")
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert num_bytes <= 30 * 2**20, f"pisces-tiny has {num_bytes / 2**20:.1f} MiB, the limit is 30"
+
+
+# ---- frame
+
+
+def test_versions_agree():
+    import modeling_pisces
+
+    project = read_toml()["project"]
+    assert project["version"] == modeling_pisces.__version__
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_tested_versions_lie_inside_the_ranges():
+    project = read_toml()["project"]
+    extras = project["optional-dependencies"]
+    wanted = [
+        Requirement(text)
+        for text in [*project["dependencies"], *(line for list_ in extras.values() for line in list_)]
+    ]
+    pins = [
+        Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
+    ]
+    for requirement in wanted:
+        if requirement.name == "modeling-pisces":
+            continue
+        versions = [next(iter(pin.specifier)).version for pin in pins if pin.name.lower() == requirement.name.lower()]
+        assert versions, f"constraints.txt does not pin {requirement.name}"
+        for version in versions:
+            assert version in requirement.specifier, (
+                f"{requirement.name}=={version} is outside {requirement.specifier}"
+            )
+
+
+def test_commands_of_the_documents_are_targets_of_the_makefile():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    for name in ("README.md", "CONTRIBUTING.md", ".ci/run"):
+        for target in re.findall(r"\bmake ([a-z][a-z-]+)", (ROOT / name).read_text(encoding="utf-8")):
+            assert target in targets, f"{name}: make {target}"
+
+
+def test_files_that_the_readme_links_to_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), f"README.md links to {link}"
+
+
+def test_ci_runs_what_the_readme_says():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK) and "make test" in script.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_wheel_holds_only_the_package_and_works_in_an_empty_environment(tmp_path):
+    """Installed next to nothing but its dependencies, whose folder the new environment borrows from this one."""
+    run = lambda *command: subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
+    source = tmp_path / "source"  # a copy: building leaves folders beside what it builds
+    shutil.copytree(PACKAGE, source / "modeling_pisces", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("finetune", "tests"):  # what must not get in
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    built = run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source))
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in tops if not name.endswith(".dist-info")} == {"modeling_pisces"}
+
+    assert run(sys.executable, "-m", "venv", "empty").returncode == 0
+    python = tmp_path / "empty" / "bin" / "python"
+    installed = run(str(python), "-m", "pip", "install", "--no-deps", "--no-index", str(wheel))
+    assert installed.returncode == 0, installed.stderr
+    site = next((tmp_path / "empty").rglob("site-packages"))
+    import torch
+
+    (site / "borrowed.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")
+    code = "import modeling_pisces; print(modeling_pisces.__file__)"
+    imported = run(str(python), "-c", code)
+    assert imported.stdout.startswith(str(site)), imported.stdout + imported.stderr
+    command = run(str(tmp_path / "empty" / "bin" / "pisces"), "info", "nowhere")
+    assert command.returncode == 2 and command.stderr.startswith("pisces: error: nowhere: no such folder")
