@@ -1,9 +1,9 @@
 """Configuration of a Pisces model: one language model, two vision towers, and how they meet.
 
 `PiscesConfig` composes any decoder-only text config with any understanding tower and any generation tower;
-`PiscesGenVisionConfig` describes the project's own generation tower. Counts that follow from other values (vectors per
-image, grid sides, width of a generated vector) are properties, so that no fact is stored twice. The model, the processor
-helpers and the conversion scripts read this file; it reads nothing of theirs.
+`PiscesGenVisionConfig` describes the project's own generation tower. Counts that follow from other values (vectors
+per image, grid sides, width of a generated vector) are properties, so that no fact is stored twice. The model, the
+processor and the conversion scripts read this file; it reads nothing of theirs.
 """
 
 from dataclasses import field
@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 try:  # transformers >= 5.20 derives `sub_configs` from specs, older versions read the class attribute
@@ -60,7 +61,7 @@ _SUB_CONFIG_DEFAULTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def _build_sub_config(key: str, value: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
-    """Turn what the user or a config.json gave for one part into a config object; None or {} gives the default part."""
+    """Turn what the user or a config.json gave for one part into a config object; None or {} is the default part."""
     if isinstance(value, PreTrainedConfig):
         return value
     model_type, defaults = _SUB_CONFIG_DEFAULTS[key]
@@ -76,9 +77,36 @@ def _build_sub_config(key: str, value: dict[str, Any] | PreTrainedConfig | None)
     return CONFIG_MAPPING[model_type](**settings)
 
 
+# towers that put a class token in front of their patches; register tokens, where a config names them, follow it
+_CLASS_TOKEN_TOWERS = {"clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "vit_mae", "ijepa"}
+
+
 def num_patches(vision_config: PreTrainedConfig) -> int:
-    """Patches that a square-image vision tower cuts one image into, without a class token."""
-    return (vision_config.image_size // vision_config.patch_size) ** 2
+    """Patches that a square-image vision tower cuts one image into, without a class token.
+
+    Raises:
+        ValueError: the tower does not cut a square image of one size into square patches.
+    """
+    sizes = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
+    if not all(isinstance(size, int) for size in sizes) or not sizes[0] >= sizes[1] >= 1:
+        raise ValueError(
+            f"a tower of model_type {vision_config.model_type!r} has image_size {sizes[0]!r} and patch_size {sizes[1]!r}; "
+            "expected two integers, the first at least as large. Pisces takes towers for square images of one size, such "
+            "as siglip_vision_model, clip_vision_model or dinov2."
+        )
+    return (sizes[0] // sizes[1]) ** 2
+
+
+def num_prefix_tokens(vision_config: PreTrainedConfig) -> int:
+    """Class and register tokens that a vision tower returns in front of its patches."""
+    if vision_config.model_type not in _CLASS_TOKEN_TOWERS:
+        return 0
+    return 1 + (getattr(vision_config, "num_register_tokens", None) or 0)
+
+
+def _validate_activation(name: str, activation: str):
+    if activation not in ACT2FN:
+        raise ValueError(f"{name} {activation!r} is not known. Choose one of {', '.join(sorted(ACT2FN))}.")
 
 
 @strict
@@ -129,11 +157,17 @@ class PiscesGenVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuse sizes that do not fit each other, naming both."""
+        sizes = ("image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size", "num_attention_heads")
+        for name in (*sizes, "num_hidden_layers", "output_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"gen_vision_config: {name} is {value}; expected at least 1.")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"gen_vision_config: patch_size {self.patch_size} does not divide image_size {self.image_size}. "
                 "Choose an image_size that is a multiple of patch_size."
             )
+        _validate_activation("gen_vision_config: hidden_act", self.hidden_act)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"gen_vision_config: num_attention_heads {self.num_attention_heads} does not divide hidden_size "
@@ -155,8 +189,8 @@ class PiscesConfig(PreTrainedConfig):
         gen_pool_stride: side, in patches, of the square that is averaged into one generated vector.
         vision_feature_layer: None takes the understanding tower's last hidden state after its final norm (the paper);
             an int or a list of ints takes `hidden_states` of those layers, concatenated, as LLaVA checkpoints want.
-        vision_feature_select_strategy: "full" keeps every vector of the understanding tower, "default" drops a leading
-            class token, as in LLaVA.
+        vision_feature_select_strategy: "full" keeps every vector of the understanding tower, "default" keeps one per
+            patch and drops a class token in front of them, as LLaVA does with CLIP.
         projector_hidden_act: activation inside both two-layer projectors.
         multimodal_projector_bias: whether the understanding projector has biases.
         gen_head_type: "mlp" regresses the next vector (the paper), "linear" does so with one layer, "flow" samples it
@@ -229,9 +263,8 @@ class PiscesConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """N: understanding vectors, and so placeholders, of one image."""
-        has_class_token = getattr(self.vision_config, "model_type", "") == "clip_vision_model"
-        keeps_class_token = has_class_token and self.vision_feature_select_strategy == "full"
-        return num_patches(self.vision_config) + int(keeps_class_token)
+        is_full = self.vision_feature_select_strategy == "full"
+        return num_patches(self.vision_config) + (num_prefix_tokens(self.vision_config) if is_full else 0)
 
     @property
     def image_feature_size(self) -> int:
@@ -262,14 +295,31 @@ class PiscesConfig(PreTrainedConfig):
         """Refuse combinations that cannot work, naming the values."""
         self._validate_pooling()
         self._validate_token_ids()
+        self._validate_feature_layers()
+        _validate_activation("projector_hidden_act", self.projector_hidden_act)
         if self.gen_flow_num_steps < 1 or self.gen_flow_num_layers < 1 or self.gen_flow_num_samples < 1:
             raise ValueError(
                 f"gen_flow_num_steps {self.gen_flow_num_steps}, gen_flow_num_layers {self.gen_flow_num_layers} and "
                 f"gen_flow_num_samples {self.gen_flow_num_samples} must all be at least 1."
             )
+        if self.gen_flow_hidden_size is not None and self.gen_flow_hidden_size < 1:
+            raise ValueError(f"gen_flow_hidden_size is {self.gen_flow_hidden_size}; expected None or at least 1.")
         for name in ("image_loss_weight", "gen_input_noise"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number >= 0.")
+
+    def _validate_feature_layers(self):
+        num_patches(self.vision_config)  # refuses towers without a fixed grid
+        layers = self.vision_feature_layer
+        depth = getattr(self.vision_config, "num_hidden_layers", None)
+        if layers is None or depth is None:
+            return
+        layers = [layers] if isinstance(layers, int) else layers
+        if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
+            raise ValueError(
+                f"vision_feature_layer {self.vision_feature_layer} does not fit an understanding tower of {depth} "
+                f"layers. Choose from {-depth - 1} to {depth} (0 is the embedding), or None for the tower's output."
+            )
 
     def _validate_pooling(self):
         if not self.has_generation:
@@ -277,8 +327,8 @@ class PiscesConfig(PreTrainedConfig):
         side = isqrt(num_patches(self.gen_vision_config))
         if self.gen_pool_stride < 1 or side % self.gen_pool_stride:
             raise ValueError(
-                f"gen_pool_stride {self.gen_pool_stride} does not divide the generation tower's grid of {side} x {side} "
-                f"patches. Choose a divisor of {side}, or another image_size or patch_size in gen_vision_config."
+                f"gen_pool_stride {self.gen_pool_stride} does not divide the generation tower's grid of {side} x "
+                f"{side} patches. Choose a divisor of {side}, or another image_size or patch_size for that tower."
             )
 
     def _validate_token_ids(self):

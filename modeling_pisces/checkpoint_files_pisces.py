@@ -1,0 +1,167 @@
+"""Finds a checkpoint folder and checks its files without loading it: only JSON and safetensors headers are read.
+
+The console command calls `find_checkpoint` and `check_checkpoint` before any heavy work, so that a missing or broken
+file is named in one sentence. Summing up what a good folder holds is left to `checkpoint_info_pisces.py`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .configuration_pisces import PiscesConfig
+
+
+DECODER_PARTS = ("unet", "vae", "scheduler")
+
+
+class StoredTensor(NamedTuple):
+    """One entry of a safetensors header."""
+
+    name: str
+    dtype: str
+    num_elements: int
+    num_bytes: int
+
+
+def find_checkpoint(name: str, revision: str | None = None) -> Path:
+    """Return the folder that `name` means: a local folder, or a Hub id that is downloaded or taken from the cache.
+
+    Raises:
+        ValueError: no such folder, not a folder, or the Hub cannot give it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{name}: this is a file. Give a checkpoint folder or a Hub id like owner/name.")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise ValueError(f"{name}: no such folder. Give a checkpoint folder or a Hub id like owner/name.")
+    return _download(name, revision)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision))
+    except Exception as error:  # the Hub client has many ways to fail; for the reader all mean "not here, not there"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{repo_id}: no folder of that name here, and the Hub did not give it ({reason}). "
+            "Check the name, the network and, for a private model, your login."
+        ) from error
+
+
+def check_checkpoint(folder: Path, with_decoder: bool = False) -> None:
+    """Refuse a checkpoint whose files are missing or broken, by name, before anything is loaded.
+
+    Args:
+        folder: a checkpoint folder.
+        with_decoder: also ask for the diffusion decoder, as drawing needs it.
+
+    Raises:
+        ValueError: a file is missing, is not valid JSON, or is not a whole safetensors file; or the configuration
+            describes no Pisces model or an impossible one.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "pisces":
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'pisces'. "
+            "Give the folder of a Pisces checkpoint."
+        )
+    for path in sorted(folder.glob("*.json")):
+        read_json(path)
+    read_config(folder)
+    for path in weight_files(folder):
+        read_safetensors_header(path)
+    if with_decoder:
+        _check_decoder(folder)
+
+
+def _check_decoder(folder: Path) -> None:
+    if not (folder / "model_index.json").exists():
+        raise ValueError(
+            f"{folder / 'model_index.json'}: not found, so this checkpoint has no decoder and cannot draw. "
+            "`pisces describe` works without one."
+        )
+    index = read_json(folder / "model_index.json")
+    for part in DECODER_PARTS:
+        if not isinstance(index.get(part), list) or index[part][0] is None:
+            continue
+        part_folder = folder / part
+        if not part_folder.is_dir():
+            raise ValueError(f"{part_folder}: not found, though model_index.json names it. Download the folder again.")
+        for path in sorted(part_folder.glob("*.json")):
+            read_json(path)
+        if part != "scheduler":
+            for path in weight_files(part_folder, stem="diffusion_pytorch_model"):
+                read_safetensors_header(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object; a missing or broken file is a ValueError that names it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: not found. Is this a whole checkpoint folder?") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Download or save the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object.")
+    return content
+
+
+def read_config(folder: Path) -> PiscesConfig:
+    """Build the configuration of a folder; a value that cannot work is a ValueError that names the file."""
+    try:
+        return PiscesConfig.from_pretrained(folder)
+    except Exception as error:  # strict configs raise their own classes; every one means a wrong value in this file
+        raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
+
+
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
+    """Return the safetensors files of one part, one file or the shards of its index; raise for any that is missing."""
+    index_path = folder / f"{stem}.safetensors.index.json"
+    if index_path.exists():
+        names = sorted(set(read_json(index_path).get("weight_map", {}).values()))
+    else:
+        names = [f"{stem}.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: not found. Download or save the checkpoint again.")
+    return [folder / name for name in names]
+
+
+def read_safetensors_header(path: Path) -> list[StoredTensor]:
+    """Read the names, types and sizes in a safetensors file, and check that the file is as long as it says.
+
+    Raises:
+        ValueError: not a safetensors file, or cut off.
+
+    Source: the format's description: 8 bytes little-endian header length, a JSON header, then the data.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header_bytes = file.read(header_size) if 8 + header_size <= size else b""
+    try:
+        header = json.loads(header_bytes)
+        tensors = [_stored_tensor(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a safetensors file ({size} bytes). Download it again; with git, check that large files came."
+        ) from error
+    expected = 8 + header_size + max(ends, default=0)
+    if size != expected:
+        raise ValueError(f"{path}: {size} bytes, expected {expected}; the file is cut off. Download or save it again.")
+    return tensors
+
+
+def _stored_tensor(name: str, entry: dict[str, Any]) -> StoredTensor:
+    num_elements = 1
+    for length in entry["shape"]:
+        num_elements *= length
+    start, end = entry["data_offsets"]
+    return StoredTensor(name, entry["dtype"], num_elements, end - start)

@@ -1,0 +1,195 @@
+"""What the four commands of `pisces` do: describe, draw, reconstruct, info.
+
+`cli_pisces.py` parses the arguments and turns exceptions into one line and an exit code. Here a command checks the
+checkpoint and its inputs, loads the model, works through the inputs one by one, and reports one that cannot be used
+without giving up the others. Names of pictures in and out are the business of `cli_files_pisces.py`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .checkpoint_files_pisces import check_checkpoint, find_checkpoint
+from .checkpoint_info_pisces import describe_checkpoint, format_checkpoint
+from .cli_files_pisces import OutputPlace, UsageError, find_pictures, first_usable
+from .contact_sheet_pisces import Section, Tile, make_contact_sheet
+from .model_loading_pisces import load_model, load_pipeline, quiet_libraries
+
+
+DEFAULT_MODEL = "pisces-tiny"
+DEFAULT_QUESTION = "Describe the picture."
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run the command that `args` names and return its exit code."""
+    command = {"describe": _describe, "draw": _draw, "reconstruct": _reconstruct, "info": _info}[args.command]
+    with nullcontext() if args.verbose else quiet_libraries():
+        return command(args, _checked_checkpoint(args))
+
+
+def _checked_checkpoint(args: argparse.Namespace) -> Path:
+    name = getattr(args, "checkpoint", None) or args.model
+    if name is None and not Path(DEFAULT_MODEL).is_dir():
+        raise UsageError(f"no folder ./{DEFAULT_MODEL} here. Name a checkpoint: --model FOLDER or --model OWNER/NAME.")
+    try:
+        folder = find_checkpoint(name or DEFAULT_MODEL, args.revision)
+        check_checkpoint(folder, with_decoder=args.command in ("draw", "reconstruct"))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return folder
+
+
+def _load(loader: Callable[..., Any], args: argparse.Namespace, folder: Path) -> Any:
+    try:
+        return loader(folder, args.device, args.dtype, args.trust_remote_code)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _info(args: argparse.Namespace, folder: Path) -> int:
+    info = describe_checkpoint(folder)
+    print(json.dumps({"command": "info", **info}) if args.json else format_checkpoint(info))
+    return 0
+
+
+def _describe(args: argparse.Namespace, folder: Path) -> int:
+    pictures = find_pictures(args.images)
+    questions = args.questions or [DEFAULT_QUESTION]
+    if not all(question.strip() for question in questions):
+        raise UsageError("a --question is empty. Write one, or leave the option out to get a description.")
+    load_picture = first_usable(pictures)
+    model, processor = _load(load_model, args, folder)
+    tiles: list[Tile] = []
+
+    def answer_all(picture: str) -> list[dict[str, Any]]:
+        image = load_picture(picture)
+        answers = [answer_question(model, processor, image, question, args.max_new_tokens) for question in questions]
+        tiles.append(Tile(image, "\n".join([Path(picture).name, *_question_lines(questions, answers)])))
+        if not args.json:
+            for question, answer in zip(questions, answers, strict=True):
+                print(f"{picture}: {question} -> {' '.join(answer.split())}", flush=True)
+        return [{"image": picture, "question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
+
+    results, errors = _for_each("image", pictures, answer_all)
+    return _finish(args, results, errors, [Section("Questions about pictures", tiles)])
+
+
+def answer_question(model: Any, processor: Any, image: Image.Image, question: str, max_new_tokens: int = 128) -> str:
+    """Ask one question about one picture, greedily; return the words of the answer."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device, dtype=model.dtype)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+
+
+def _question_lines(questions: list[str], answers: list[str]) -> list[str]:
+    return [line for question, answer in zip(questions, answers, strict=True) for line in (question, f"> {answer}")]
+
+
+def _draw(args: argparse.Namespace, folder: Path) -> int:
+    if not any(prompt.strip() for prompt in args.prompts):
+        raise UsageError("the prompt is empty. Say what to draw.")
+    place = OutputPlace(args.output, len(args.prompts) * args.num_images)
+    pipeline = _load(load_pipeline, args, folder)
+    tiles: list[Tile] = []
+
+    def draw_all(prompt: str) -> list[dict[str, Any]]:
+        if not prompt.strip():
+            raise ValueError("the prompt is empty. Say what to draw.")
+        seeds = [args.seed + index for index in range(args.num_images)]
+        images = pipeline(
+            [prompt], num_images_per_prompt=len(seeds), generator=_generators(seeds), **_drawing_options(args)
+        ).images
+        paths = [place.save(image, prompt, seed) for image, seed in zip(images, seeds, strict=True)]
+        tiles.extend(Tile(image, f"{prompt}\nseed {seed}") for image, seed in zip(images, seeds, strict=True))
+        return [{"prompt": prompt, "seed": seed, "path": path} for seed, path in zip(seeds, paths, strict=True)]
+
+    results, errors = _for_each("prompt", args.prompts, draw_all, say=None if args.json else _say_path)
+    return _finish(args, results, errors, [Section("Drawings", tiles)])
+
+
+def _reconstruct(args: argparse.Namespace, folder: Path) -> int:
+    pictures = find_pictures(args.images)
+    load_picture = first_usable(pictures)
+    place = OutputPlace(args.output, len(pictures))
+    pipeline = _load(load_pipeline, args, folder)
+    tiles: list[Tile] = []
+
+    def reconstruct_one(picture: str) -> list[dict[str, Any]]:
+        image = load_picture(picture)
+        again = pipeline.reconstruct([image], generator=_generators([args.seed]), **_drawing_options(args)).images[0]
+        name = Path(picture).name
+        tiles.extend([Tile(image, f"{name}\nthe picture"), Tile(again, f"{name}\nreconstruction")])
+        return [{"image": picture, "seed": args.seed, "path": place.save(again, Path(picture).stem, args.seed)}]
+
+    results, errors = _for_each("image", pictures, reconstruct_one, say=None if args.json else _say_path)
+    return _finish(args, results, errors, [Section("Pictures and their reconstructions", tiles)])
+
+
+def _generators(seeds: list[int]) -> list[Any]:
+    import torch
+
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]  # on the CPU: equal numbers on every device
+
+
+def _drawing_options(args: argparse.Namespace) -> dict[str, Any]:
+    given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _say_path(result: dict[str, Any]) -> None:
+    print(result["path"], flush=True)
+
+
+def _for_each(
+    kind: str,
+    items: Iterable[str],
+    work: Callable[[str], list[dict[str, Any]]],
+    say: Callable[[dict[str, Any]], None] | None = None,
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Do the work for each item; one that is refused is reported and the others go on."""
+    results: list[dict[str, Any]] = []
+    errors: list[dict[str, str]] = []
+    for item in items:
+        try:
+            done = work(item)
+        except ValueError as error:
+            message = " ".join(str(error).split())
+            errors.append({kind: item, "error": message})
+            print(f"pisces: error: {message}", file=sys.stderr)
+            continue
+        results.extend(done)
+        if say:
+            for result in done:
+                say(result)
+    return results, errors
+
+
+def _finish(args: argparse.Namespace, results: list, errors: list, sections: list[Section]) -> int:
+    """Write the sheet and the JSON object; return 0, 1 when some inputs failed, 2 when all did."""
+    summary = {"command": args.command, "results": results, "errors": errors}
+    if args.sheet and results:
+        sheet = Path(args.sheet).expanduser()
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        make_contact_sheet(sections).save(sheet)
+        summary["sheet"] = str(sheet)
+        if not args.json:
+            print(f"contact sheet: {sheet}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(summary))
+    if not errors:
+        return 0
+    return 1 if results else 2

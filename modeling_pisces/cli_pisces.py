@@ -1,0 +1,228 @@
+"""The console command `pisces`: its arguments, its exit codes, and one line for every error.
+
+`main` is the entry point of the installed package. What the four commands do is in `cli_commands_pisces.py`, imported
+only when a command runs, so that `--help` and a wrong argument answer before the heavy libraries are read.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+DEFAULT_MODEL = "pisces-tiny"
+
+DESCRIPTION = "Ask a Pisces model about pictures, and let it draw."
+EPILOG = f"""\
+examples:
+  pisces describe photo.png
+  pisces describe pictures/ --question "How many objects are there?" --question "What color is the star?"
+  pisces draw "a red circle" "two blue stars" --num_images 4 --seed 7 --output drawings --sheet drawings/sheet.png
+  pisces reconstruct photo.png --output photo_again.png
+  pisces info ./{DEFAULT_MODEL} --json
+
+checkpoints:
+  --model takes a folder or a Hub id (owner/name). Without it the folder ./{DEFAULT_MODEL} is used.
+
+exit codes:
+  0  everything was done
+  1  something failed while running, or some of the pictures or prompts could not be used
+  2  nothing was done: wrong arguments, an unusable checkpoint, or no usable picture or prompt
+
+Answers go to standard output, everything else to standard error. `pisces COMMAND --help` tells more.
+"""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to know."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in the same one line as every other error."""
+
+    def error(self, message):
+        self.exit(EXIT_USAGE, f"pisces: error: {message} (see `{self.prog} --help`)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command; `args.command` names the subcommand."""
+    parser = _Parser(
+        prog="pisces", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"pisces {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_describe(commands)
+    _add_draw(commands)
+    _add_reconstruct(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_command(commands, name: str, summary: str, description: str, runs_model: bool = True) -> _Parser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. {description}",
+        formatter_class=_HelpFormatter,
+    )
+    common = parser.add_argument_group("common options")
+    common.add_argument("--model", metavar="CHECKPOINT", help=f"folder or Hub id (default: ./{DEFAULT_MODEL})")
+    common.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    if runs_model:
+        common.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to run")
+        common.add_argument(
+            "--dtype",
+            choices=["auto", "float32", "bfloat16", "float16"],
+            default="auto",
+            help="number format of the weights; auto is the checkpoint's own",
+        )
+        common.add_argument(
+            "--trust_remote_code",
+            action="store_true",
+            help="run Python code that the checkpoint brings; only for a source you trust",
+        )
+    common.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    common.add_argument("--verbose", action="store_true", help="show library messages, and the traceback of an error")
+    return parser
+
+
+def _add_describe(commands) -> None:
+    parser = _add_command(
+        commands,
+        "describe",
+        "answer questions about pictures",
+        "Prints one line per picture and question; writes no file unless --sheet is given.",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture file, URL, or a folder of pictures")
+    parser.add_argument(
+        "--question",
+        action="append",
+        dest="questions",
+        help="asked about every picture; give it several times for several questions (default: Describe the picture.)",
+    )
+    parser.add_argument("--max_new_tokens", type=_positive_int, default=128, help="longest answer, in tokens")
+    _add_sheet(parser)
+
+
+def _add_draw(commands) -> None:
+    parser = _add_command(
+        commands,
+        "draw",
+        "draw pictures from prompts",
+        "Writes PNG files and prints their paths. Picture k of a prompt uses seed SEED + k, whatever else is drawn "
+        "with it, so the same prompt and seed give the same picture again.",
+    )
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    parser.add_argument("--num_images", type=_positive_int, default=1, help="pictures per prompt")
+    parser.add_argument("--seed", type=int, default=0, help="start of the random numbers")
+    _add_drawing_options(parser)
+    _add_output(parser)
+    _add_sheet(parser)
+
+
+def _add_reconstruct(commands) -> None:
+    parser = _add_command(
+        commands,
+        "reconstruct",
+        "encode pictures into vectors and decode them again",
+        "Shows what the generation encoder and the decoder keep, without the language model. Writes PNG files and "
+        "prints their paths.",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture file, URL, or a folder of pictures")
+    parser.add_argument("--seed", type=int, default=0, help="start of the random numbers")
+    _add_drawing_options(parser)
+    _add_output(parser)
+    _add_sheet(parser)
+
+
+def _add_info(commands) -> None:
+    parser = _add_command(
+        commands,
+        "info",
+        "show what a checkpoint holds",
+        "Parts, parameters, number formats, vectors per image, tokens and decoder, read from the configuration and "
+        "the file headers; no weight is loaded.",
+        runs_model=False,
+    )
+    parser.add_argument("checkpoint", nargs="?", help="the same as --model")
+
+
+def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=_positive_int, help="denoising steps (default: the pipeline's)")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="how strongly the decoder follows the vectors; 1 is off (default: the pipeline's)",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        default="outputs",
+        metavar="PATH",
+        help="folder for the pictures, made when missing; or one file name ending in .png, .jpg or .webp for a single "
+        "picture. Files of the same name are replaced",
+    )
+
+
+def _add_sheet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sheet", metavar="FILE", help="also write all pictures with captions as one PNG")
+
+
+def _positive_int(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return number
+
+
+def _version() -> str:
+    try:
+        return version("modeling-pisces")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; never raises for what a user can cause."""
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # --help, --version and wrong arguments
+        return EXIT_OK if stop.code is None else int(stop.code)
+    try:
+        from .cli_commands_pisces import UsageError, run_command
+    except ImportError as error:
+        return _report(args, f"{error}. Install the missing package and try again.", EXIT_FAILED)
+    try:
+        return run_command(args)
+    except UsageError as error:
+        return _report(args, str(error), EXIT_USAGE)
+    except KeyboardInterrupt:
+        return _report(args, "interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        return _report(args, f"{kind}{error}", EXIT_FAILED)
+
+
+def _report(args: argparse.Namespace, message: str, code: int) -> int:
+    message = " ".join(message.split()) or "failed without a message; --verbose shows where"
+    if args.json:
+        print(json.dumps({"command": args.command, "error": message}))
+    if args.verbose:
+        traceback.print_exc()
+    print(f"pisces: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

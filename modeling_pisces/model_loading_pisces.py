@@ -1,0 +1,118 @@
+"""Loads a checked checkpoint folder whole: every weight accounted for, on the right device, ready to answer or draw.
+
+The console command and the demonstration call it. It goes through the Auto classes and `PiscesPipeline` like any user
+would, and adds one thing: a weight that the file lacks is an error here, where the libraries would start it at random.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers.utils import logging
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide the libraries' loading reports and deprecations; show every other warning as one line.
+
+    What the reports would say about a wrong load stops in `load_model`.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for kind in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+                warnings.simplefilter("ignore", kind)
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Turn "auto" into the best device of this machine; refuse one that it does not have."""
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not has_mps):
+        raise ValueError(f"--device {name}: this machine or this build of torch has none. Use --device auto or cpu.")
+    return torch.device(name)
+
+
+def load_model(
+    folder: Path, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load the whole model and its processor from a folder, in evaluation mode.
+
+    Args:
+        folder: a checkpoint folder that `check_checkpoint` has passed.
+        device: "auto", "cpu", "cuda" or "mps".
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        trust_remote_code: allow Python code from the folder.
+
+    Raises:
+        ValueError: the processor or the model cannot be built from the folder, or weights are missing or misshapen.
+    """
+    torch_device = choose_device(device)
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each sub-processor has its own errors; all mean that a file here is wrong
+        raise ValueError(f"{folder}: the processor cannot be built ({_one_line(error)}).") from error
+    try:
+        model, report = AutoModelForMultimodalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, OSError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder}: the model cannot be loaded ({_one_line(error)}).") from error
+    _check_loading_report(folder, report)
+    # the processor refuses longer prompts; beyond its positions a language model answers nonsense without a word
+    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, context or sys.maxsize)
+    return model.to(torch_device).eval(), processor
+
+
+def _check_loading_report(folder: Path, report: dict[str, Any]) -> None:
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        keys = sorted(str(key) for key in report.get(problem) or ())
+        if keys:
+            raise ValueError(
+                f"{folder}: {len(keys)} {problem.replace('_', ' ')} in the weights, the first is {keys[0]}. "
+                "The weights do not belong to this config.json; download or save the checkpoint again."
+            )
+
+
+def load_pipeline(folder: Path, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+    """Load the drawing pipeline with its model and processor; arguments and errors as in `load_model`."""
+    try:
+        from diffusers.utils import logging as diffusers_logging
+    except ImportError as error:
+        raise ValueError(
+            f"drawing needs diffusers ({error}). Install it: pip install 'modeling-pisces[draw]'."
+        ) from error
+    from .pipeline_pisces import PiscesPipeline
+
+    if not logging.is_progress_bar_enabled():
+        diffusers_logging.disable_progress_bar()
+    model, processor = load_model(folder, device, dtype, trust_remote_code)
+    try:
+        pipeline = PiscesPipeline.from_pretrained(
+            folder, vision_language_model=model, processor=processor, dtype=model.dtype
+        )
+    except (RuntimeError, ValueError, OSError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder}: the decoder cannot be loaded ({_one_line(error)}).") from error
+    pipeline.set_progress_bar_config(disable=None, leave=False)  # None: only where a person watches
+    return pipeline.to(model.device)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
