@@ -1,0 +1,97 @@
+"""Claims about `evaluation.scenes` and `evaluation.card`: scripted answers and pictures of known score."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from evaluation import card, scenes
+from evaluation.scene_detector import load_silhouettes
+from finetune.scenes import write_scenes
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes") / "data", num_scenes=20, seed=4, split="heldout")
+
+
+@pytest.fixture(scope="module")
+def rows(data) -> list[dict]:
+    return [json.loads(line) for line in (data / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+class ScriptedPipeline:
+    """Answers and draws from a list; stands in for a checkpoint, so that the score is known beforehand."""
+
+    def __init__(self, answers: dict[str, str] | None = None, pictures: list[Image.Image] | None = None):
+        self.answers, self.pictures = answers or {}, pictures
+        self.vision_language_model = SimpleNamespace(device="cpu", generate=self.generate)
+        self.processor = SimpleNamespace(apply_chat_template=self.encode, batch_decode=self.decode)
+
+    def encode(self, conversations, **kwargs):
+        self.asked = [conversation[0]["content"] for conversation in conversations]
+        batch = {"input_ids": torch.zeros(len(conversations), 3, dtype=torch.long)}
+        return type("Batch", (dict,), {"to": lambda self, device: self})(batch)
+
+    def generate(self, input_ids, **kwargs):
+        return torch.cat([input_ids, torch.arange(len(input_ids)).unsqueeze(1)], dim=1)
+
+    def decode(self, ids, **kwargs):
+        return [self.answers[image["image"], text["text"]] for image, text in (self.asked[i] for i in ids.flatten())]
+
+    def reconstruct(self, pictures, generator):
+        return SimpleNamespace(images=self.pictures or pictures)
+
+
+def test_true_answers_score_one_and_one_wrong_in_four_scores_three_quarters(data, rows):
+    chosen = scenes._choose_questions(rows, 40)
+    truth = {(str(data / row["image"]), q["question"]): f" {q['answer'].upper()}. " for row, q in chosen}
+    outcomes, _ = scenes.answer_questions(ScriptedPipeline(truth), data, rows, "question", 40)
+    assert scenes.answer_summary(outcomes)["overall"]["value"] == 1.0
+
+    wrong = {key: "nonsense" if index % 4 == 0 else value for index, (key, value) in enumerate(truth.items())}
+    outcomes, answered = scenes.answer_questions(ScriptedPipeline(wrong), data, rows, "question", 40)
+    expected = sum(wrong[str(data / a["image"]), a["question"]] != "nonsense" for a in answered) / len(answered)
+    assert scenes.answer_summary(outcomes)["overall"]["value"] == pytest.approx(expected, abs=1e-4)
+    assert 0.7 < expected < 0.8
+
+
+def test_questions_are_chosen_equally_over_the_types(rows):
+    types = [question["type"] for _, question in scenes._choose_questions(rows, 45)]
+    assert {types.count(name) for name in set(types)} == {5}
+    assert not any(name.startswith("describe") for name in types)
+
+
+def test_perfect_reconstructions_score_one_and_blank_ones_zero(data, rows):
+    silhouettes = load_silhouettes(data)
+    perfect = scenes.summarize(scenes.reconstruct_scenes(ScriptedPipeline(), data, rows, silhouettes))
+    assert {item["value"] for item in perfect.values()} == {1.0}
+    blank = ScriptedPipeline(pictures=[Image.new("RGB", (64, 64), "white")] * len(rows))
+    scores = scenes.summarize(scenes.reconstruct_scenes(blank, data, rows, silhouettes))
+    assert scores["strict"]["value"] == scores["count"]["value"] == 0.0
+
+
+def test_the_interval_is_wilsons():
+    # 8 of 10, by hand: centre (0.8 + 3.8416 / 20) / 1.38416, half width 1.96 * sqrt(0.016 + 0.009604) / 1.38416
+    low, high = scenes.wilson_interval(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
+
+
+def test_every_number_of_the_card_comes_from_its_results_file(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the card names the sheet relative to the repository
+    path = ROOT / "results/pisces-tiny.json"
+    if not path.is_file():
+        pytest.skip("results/pisces-tiny.json is not here")
+    text = (ROOT / "model_card.md").read_text(encoding="utf-8")
+    assert text == card.replace_section(text, card.results_section(path.relative_to(ROOT)))
+
+
+def test_a_card_without_markers_is_refused():
+    with pytest.raises(ValueError, match="lacks its markers"):
+        card.replace_section("# card", "numbers")
