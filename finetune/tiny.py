@@ -168,7 +168,7 @@ def assemble(
     make_processor(tokenizer, config).save_pretrained(output)
 
 
-def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
+def finish(checkpoint: Path, decoder: Path, vae: Path, output: Path) -> None:
     """Copy the last stage's checkpoint and the decoder's parts into one folder with both layouts."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
@@ -180,10 +180,10 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
             shutil.copyfile(path, output / path.name)
     pipeline = PiscesPipeline(
         unet=UNet2DConditionModel.from_pretrained(decoder / "unet"),
-        vae=AutoencoderKL.from_pretrained(decoder / "vae"),
+        vae=AutoencoderKL.from_pretrained(vae),
         scheduler=DDIMScheduler.from_pretrained(decoder / "scheduler"),
         default_num_inference_steps=20,
-        default_guidance_scale=1.5,
+        default_guidance_scale=1.0,  # the vectors leave little open, so guidance would only cost time
     )
     pipeline.save_pretrained(output)
     files = sorted(path for path in output.rglob("*") if path.is_file())
@@ -200,7 +200,7 @@ def main() -> None:
     first.add_argument("--gen_head_type", choices=("mlp", "linear", "flow"), default="flow")
     first.add_argument("--seed", type=int, default=0)
     last = commands.add_parser("finish", help="a trained checkpoint and a trained decoder to one folder")
-    for name in ("checkpoint", "decoder", "output"):
+    for name in ("checkpoint", "decoder", "vae", "output"):
         last.add_argument(f"--{name}", type=Path, required=True)
     arguments = vars(parser.parse_args())
     {"assemble": assemble, "finish": finish}[arguments.pop("command")](**arguments)

@@ -5,11 +5,13 @@ frozen; the language model, both projectors and the generation head are trained.
 The loss is the model's own: one block of understanding rows and one of drawing rows per optimizer step.
 """
 
+import hashlib
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
@@ -69,9 +71,27 @@ class PiscesTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+def encoded_pictures(model, processor, folder: Path) -> torch.Tensor:
+    """The pooled vectors of every picture of a data folder, (pictures, M, Dg), from its cache if one fits.
+
+    The towers are frozen, so one pass serves all stages. The cache's name holds a digest of the tower's weights:
+    another tower never meets it.
+    """
+    weights = hashlib.sha256()
+    for tensor in model.model.gen_vision_tower.state_dict().values():
+        weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    cache = folder / f"gen_vectors-{weights.hexdigest()[:16]}.safetensors"
+    num_rows = len(read_rows(folder))
+    if cache.is_file() and len(vectors := load_file(cache)["vectors"]) == num_rows:
+        return vectors
+    vectors = encode_pictures(model, processor, folder)
+    save_file({"vectors": vectors}, cache)
+    return vectors
+
+
 @torch.no_grad()
 def encode_pictures(model, processor, folder: Path, batch_size: int = 256) -> torch.Tensor:
-    """The pooled vectors of every picture of a data folder: (pictures, M, Dg), on the CPU."""
+    """Run the generation tower over every picture of a data folder: (pictures, M, Dg), on the CPU."""
     paths = [folder / row["image"] for row in read_rows(folder)]
     vectors = []
     for start in tqdm(range(0, len(paths), batch_size), desc="encoding pictures"):
@@ -126,7 +146,7 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
         batch_size=run.batch_size,
         pattern=run.pattern,
         num_questions=run.num_questions,
-        vectors=encode_pictures(model, processor, Path(run.data)),
+        vectors=encoded_pictures(model, processor, Path(run.data)),
         seed=run.seed,
     )
     if run.bf16 and not torch.cuda.is_available():

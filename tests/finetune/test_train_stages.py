@@ -13,6 +13,7 @@ from finetune.conversations import PiscesDataCollator, StageConversations
 from finetune.scenes import write_scenes
 from finetune.train_stages import StageArguments, train_stage
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
+from tests.fixtures import make_model
 
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -85,7 +86,9 @@ def test_labels_cover_exactly_what_the_assistant_says_and_draws(data, start):
         {"role": "assistant", "content": [{"type": "image", "image": image}]},
     ]
     batch = PiscesDataCollator(processor)([{"messages": understanding}, {"messages": drawing}])
-    spoken = [processor.decode(ids[labels != -100]) for ids, labels in zip(batch["input_ids"], batch["labels"])]
+    spoken = [
+        processor.decode(ids[labels != -100]) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
     assert spoken[0] == "a red star<|end|>"
     assert spoken[1] == "<|gen_start|>" + "<|gen_image|>" * 4 + "<|gen_end|><|end|>"
     assert batch["pixel_values"].shape[0] == batch["gen_pixel_values"].shape[0] == 1
@@ -134,3 +137,16 @@ def test_unknown_stage_and_pattern_are_refused(data):
         StageConversations(data, "warmup", num_rows=1, batch_size=1)
     with pytest.raises(ValueError, match="pattern 'ux'"):
         StageConversations(data, "pretrain", num_rows=1, batch_size=1, pattern="ux")
+
+
+def test_full_precision_attention_keeps_causal_and_padding_masks():
+    """It once came without a mask function: transformers then dropped every mask, and training saw the answers."""
+    model = make_model()
+    ids = torch.randint(0, 250, (2, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    model.set_attn_implementation("full_precision_sdpa")
+    found = model(input_ids=ids, attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(found[real], expected[real])

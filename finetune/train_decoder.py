@@ -1,0 +1,198 @@
+"""Stage 0, part 2: the diffusion decoder, which paints pixels from the frozen generation encoder's pooled vectors.
+
+`python -m finetune.train_decoder --part vae ...` trains the small autoencoder whose latents are diffused, `--part
+unet` the U-Net on latents and vectors computed once, and `--part vae_decoder` makes the painting half of the
+autoencoder forgive small errors in latents. The language model has no part in it (paper: the decoder is trained as an
+autoencoder of the generation encoder). Outputs named `vae` and `unet` in one folder, with the `scheduler` that the
+U-Net's run adds there, are a whole decoder for `PiscesPipeline`.
+"""
+
+# I pictures, M vectors per picture, Dg width of a vector, C channels and h side of a latent
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import nn
+from torch.nn import functional as F
+from transformers import HfArgumentParser, set_seed
+
+from finetune.latents import LatentDecoderTraining, VaeTraining, build_vae, encode_latents, whiten_latents
+from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
+from finetune.train_gen_encoder import pooled_vectors
+from finetune.trainer import Metrics, RunArguments, run_evaluation, train, write_results
+from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
+
+
+@dataclass
+class DecoderArguments(RunArguments):
+    """Flags of this recipe; the defaults are those of pisces-tiny."""
+
+    part: Literal["vae", "unet", "vae_decoder"] = field(default="vae", metadata={"help": "which part to train"})
+    gen_encoder: str | None = field(default=None, metadata={"help": "folder of the trained generation encoder (unet)"})
+    vae: str | None = field(default=None, metadata={"help": "folder of the autoencoder (unet, vae_decoder)"})
+    pool_stride: int = field(default=2, metadata={"help": "the model's gen_pool_stride (unet)"})
+    vae_channels: list[int] = field(default_factory=lambda: [16, 32, 32], metadata={"help": "one width per level"})
+    unet_channels: list[int] = field(default_factory=lambda: [64, 80], metadata={"help": "one width per level"})
+    edge_weight: float = field(default=4.0, metadata={"help": "extra weight of pixels at edges (vae, vae_decoder)"})
+    kl_weight: float = field(default=1e-4, metadata={"help": "weight of the divergence from a unit Gaussian (vae)"})
+    latent_noise: float = field(default=0.3, metadata={"help": "largest noise on unit latents (vae_decoder)"})
+    vector_noise: float = field(default=0.15, metadata={"help": "noise on vectors of unit standard deviation (unet)"})
+    vector_dropout: float = field(default=0.1, metadata={"help": "share of pictures with all-zero vectors (unet)"})
+    num_sampling_steps: int = field(default=20, metadata={"help": "DDIM steps of held-out samples (unet)"})
+
+
+def build_unet(run: DecoderArguments, latent_size: int, num_channels: int, vector_size: int) -> UNet2DConditionModel:
+    """A fresh U-Net of two levels that reads vectors by cross-attention at the lower one."""
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=num_channels,
+        out_channels=num_channels,
+        block_out_channels=tuple(run.unet_channels),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        encoder_hid_dim=vector_size,
+        encoder_hid_dim_type="text_proj",
+        attention_head_dim=4,  # diffusers' name for the number of heads
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Velocity prediction down to zero signal, so that the first step knows nothing but the vectors.
+
+    Source: Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed, arXiv 2305.08891.
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+class UNetTraining(nn.Module):
+    """Velocity loss on noised latents, given noised vectors."""
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, run: DecoderArguments):
+        super().__init__()
+        self.unet = unet
+        self.scheduler = scheduler
+        self.run = run
+
+    def forward(self, latents: torch.Tensor, vectors: torch.Tensor) -> dict[str, torch.Tensor]:
+        device, num_pictures = latents.device, len(latents)
+        vectors = vectors + self.run.vector_noise * torch.randn_like(vectors)
+        # all-zero vectors, the mean of whitened ones, are the unconditional case that guidance needs
+        vectors = vectors * (torch.rand(num_pictures, 1, 1, device=device) >= self.run.vector_dropout)
+        # root of a uniform number: more steps near pure noise, where only the vectors can help
+        position = torch.rand(num_pictures, device=device).sqrt()
+        steps = (position * self.scheduler.config.num_train_timesteps).long()
+        noise = torch.randn_like(latents)
+        noisy = self.scheduler.add_noise(latents, noise, steps)
+        target = self.scheduler.get_velocity(latents, noise, steps)
+        predicted = self.unet(noisy, steps, encoder_hidden_states=vectors).sample
+        return {"loss": F.mse_loss(predicted.float(), target)}
+
+    @torch.no_grad()
+    def sample(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors (I, M, Dg) to latents (I, C, h, h) by DDIM without guidance."""
+        config = self.unet.config
+        shape = (len(vectors), config.in_channels, config.sample_size, config.sample_size)
+        latents = torch.randn(shape).to(vectors.device)
+        self.scheduler.set_timesteps(self.run.num_sampling_steps, device=vectors.device)
+        for step in self.scheduler.timesteps:
+            velocity = self.unet(latents, step, encoder_hidden_states=vectors).sample
+            latents = self.scheduler.step(velocity, step, latents).prev_sample
+        return latents
+
+
+def picture_errors(drawn: torch.Tensor, pictures: torch.Tensor, sheet: Path | None = None) -> Metrics:
+    """Mean squared error over all pixels and over pixels at edges, in squares of [-1, 1] units; a sheet to look at."""
+    pixel_values = to_pixel_values(pictures)
+    errors = (drawn - pixel_values).square().mean(dim=1, keepdim=True)
+    if sheet is not None:
+        write_sheet([side[i : i + 16] for i in (0, 16) for side in (pixel_values, drawn)], sheet)
+    return {"heldout_mse": errors.mean(), "heldout_edge_mse": errors[edge_strength(pictures) > 64].mean()}
+
+
+def train_vae(run: DecoderArguments, data: PictureData, heldout: PictureData) -> Metrics:
+    """Train, whiten and save the autoencoder; or, for "vae_decoder", only the half that reads its frozen latents."""
+    output = Path(run.output)
+    columns = {"pictures": data.pictures, "edges": edge_strength(data.pictures)}
+    if run.part == "vae":
+        vae = build_vae(run.vae_channels, data.pictures.shape[-1])
+        model = VaeTraining(vae, run.edge_weight, run.kl_weight)
+    else:
+        vae = _load_vae(run)
+        columns["latents"] = encode_latents(vae, data.pictures)
+        model = LatentDecoderTraining(vae, run.edge_weight, run.latent_noise)
+
+    def measure() -> Metrics:
+        latents = encode_latents(vae, heldout.pictures).to(vae.device) / vae.config.scaling_factor
+        noisy = latents + run.latent_noise / 2 * torch.randn(latents.shape).to(latents)
+        clean = torch.cat([vae.decode(batch).sample.cpu() for batch in latents.split(128)])
+        drawn = torch.cat([vae.decode(batch).sample.cpu() for batch in noisy.split(128)])
+        metrics = picture_errors(clean, heldout.pictures, output / "sheet.png")
+        return metrics | {"noisy_mse": picture_errors(drawn, heldout.pictures)["heldout_mse"]}
+
+    curve = train(model, TensorRows(**columns), run, measure)
+    if run.part == "vae":
+        whiten_latents(vae, data.pictures[:4096])  # enough for four channels of 256 places each
+    metrics = run_evaluation(model, measure)
+    vae.save_pretrained(output)
+    write_results(run, f"train_decoder {run.part}", curve, metrics)
+    return metrics
+
+
+def _load_vae(run: DecoderArguments) -> AutoencoderKL:
+    if run.vae is None:
+        raise ValueError(f"--part {run.part} needs --vae, the folder that --part vae wrote.")
+    return AutoencoderKL.from_pretrained(run.vae).eval()
+
+
+def train_unet(run: DecoderArguments, data: PictureData, heldout: PictureData) -> Metrics:
+    """Precompute latents and vectors, then train and save the U-Net and its scheduler."""
+    if run.gen_encoder is None:
+        raise ValueError("--part unet needs --gen_encoder, the folder that finetune.train_gen_encoder wrote.")
+    vae = _load_vae(run)
+    tower = PiscesGenVisionModel.from_pretrained(run.gen_encoder)
+    latents, vectors = encode_latents(vae, data.pictures), pooled_vectors(tower, data.pictures, run.pool_stride)
+    heldout_vectors = pooled_vectors(tower, heldout.pictures, run.pool_stride)
+    unet = build_unet(run, latents.shape[-1], latents.shape[1], vectors.shape[-1])
+    if not torch.cuda.is_available():
+        unet.set_attn_processor(AttnProcessor())  # fused attention in bf16 made a step a third slower on processors
+    model = UNetTraining(unet, build_scheduler(), run)
+    output = Path(run.output)
+
+    def measure() -> Metrics:
+        drawn = [model.sample(batch.to(unet.device)).cpu() for batch in heldout_vectors.split(64)]
+        pixels = torch.cat([vae.decode(latents / vae.config.scaling_factor).sample for latents in drawn])
+        unet.save_pretrained(output)  # with the averaged weights: usable while the run goes on
+        model.scheduler.save_pretrained(output.parent / "scheduler")
+        return picture_errors(pixels, heldout.pictures, output / "sheet.png")
+
+    curve = train(model, TensorRows(latents=latents, vectors=vectors), run, measure)
+    metrics = run_evaluation(model, measure)
+    write_results(run, "train_decoder unet", curve, metrics)
+    return metrics
+
+
+def main(arguments: list[str] | None = None) -> Metrics:
+    """Train one part; see the flags with --help."""
+    (run,) = HfArgumentParser(DecoderArguments).parse_args_into_dataclasses(arguments)
+    set_seed(run.seed)
+    data = load_pictures(run.data)
+    heldout = load_pictures(run.heldout or run.data, limit=64 if run.part == "unet" else 256)
+    return (train_unet if run.part == "unet" else train_vae)(run, data, heldout)
+
+
+if __name__ == "__main__":
+    main()
