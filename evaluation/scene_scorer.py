@@ -57,6 +57,8 @@ def score_prompt(detected: Detection, prompt: dict) -> dict[str, bool]:
 
     "count" is exact, for every class and in all: an object that nobody asked for is a mistake. "position" holds the
     relation and the place, if any; "correct" is all of them. Without the objects, their colour and position are wrong.
+    Two weaker ones ignore shapes: "number" of objects in all, and, where colours are asked for, "palette": every asked
+    colour is there as often as it was asked for.
     """
     include = prompt["include"]
     shapes = Counter(item.shape for item in detected.objects)
@@ -68,7 +70,11 @@ def score_prompt(detected: Detection, prompt: dict) -> dict[str, bool]:
         "color": matches is not None,
         "position": matches is not None and _is_placed(detected, prompt["place"]) and _is_related(matches, include),
         "background": prompt["background"] in (None, detected.background),
+        "number": len(detected.objects) == sum(item["count"] for item in include),
     }
+    if all("color" in item for item in include):
+        asked = Counter(item["color"] for item in include for _ in range(item["count"]))
+        scores["palette"] = asked <= Counter(item.color for item in detected.objects)
     return {**scores, "correct": all(scores.values())}
 
 

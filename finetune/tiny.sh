@@ -57,7 +57,7 @@ step "stage 2, detailed captions" "$work/stage2/results.json" \
     --max_steps 450 --warmup_steps 50 --schedule constant_with_warmup --ema_decay 0.98
 step "stage 3, instructions" "$work/stage3/results.json" \
     $python -m finetune.train_stages --stage instruct --checkpoint "$work/stage2" --output "$work/stage3" $stage \
-    --max_steps 2300 --warmup_steps 50 --schedule cosine --ema_decay 0.995
+    --pattern ugg --max_steps 2500 --warmup_steps 50 --schedule cosine --ema_decay 0.995
 
 step "finished folder" "$work/pisces-tiny/model_index.json" \
     $python -m finetune.tiny finish --checkpoint "$work/stage3" --decoder "$work/decoder" --vae "$work/vae_decoder" \

@@ -15,10 +15,10 @@ from transformers import (
 )
 
 from .configuration_pisces import PiscesConfig, PiscesGenVisionConfig
-from .generation_pisces import PiscesGenerateOutput
 from .image_loading_pisces import load_image
 from .modeling_pisces import PISCES_QUANT_SKIP_MODULES, PiscesForConditionalGeneration, PiscesModel
 from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
+from .outputs_pisces import PiscesGenerateOutput
 from .processing_pisces import PiscesProcessor
 
 

@@ -90,9 +90,9 @@ def num_patches(vision_config: PreTrainedConfig) -> int:
     sizes = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
     if not all(isinstance(size, int) for size in sizes) or not sizes[0] >= sizes[1] >= 1:
         raise ValueError(
-            f"a tower of model_type {vision_config.model_type!r} has image_size {sizes[0]!r} and patch_size {sizes[1]!r}; "
-            "expected two integers, the first at least as large. Pisces takes towers for square images of one size, such "
-            "as siglip_vision_model, clip_vision_model or dinov2."
+            f"a tower of model_type {vision_config.model_type!r} has image_size {sizes[0]!r} and patch_size "
+            f"{sizes[1]!r}; expected two integers, the first at least as large. Pisces takes towers for square images "
+            "of one size, such as siglip_vision_model, clip_vision_model or dinov2."
         )
     return (sizes[0] // sizes[1]) ** 2
 

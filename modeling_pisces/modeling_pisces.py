@@ -7,20 +7,19 @@
 
 # B rows, T tokens, D language-model width, I understanding images, J generated/target images,
 # N understanding vectors per image, M generated vectors per image, Dg width of a generated vector
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_pisces import PiscesConfig, num_patches
 from .generation_pisces import PiscesGenerationMixin
 from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
 from .modeling_pisces_heads import PiscesFlowBlock, PiscesProjector, build_gen_head
+from .outputs_pisces import PiscesCausalLMOutputWithPast, PiscesModelOutputWithPast
 from .placeholders_pisces import check_placeholder_runs, placeholder_mask
 
 
@@ -33,53 +32,6 @@ PISCES_QUANT_SKIP_MODULES = [
     "model.gen_projector",
     "model.gen_head",
 ]
-
-
-@dataclass
-class PiscesModelOutputWithPast(BaseModelOutputWithPast):
-    """Backbone output.
-
-    Args:
-        image_hidden_states: (I, N, D) projected understanding vectors, if images were given.
-        gen_image_vectors: (J, M, Dg) clean generated vectors that were placed, if any were given.
-        gen_image_mask: (B, T) bool, True at each placeholder of a generated vector.
-    """
-
-    image_hidden_states: torch.FloatTensor | None = None
-    gen_image_vectors: torch.FloatTensor | None = None
-    gen_image_mask: torch.BoolTensor | None = None
-
-
-@dataclass
-class PiscesCausalLMOutputWithPast(ModelOutput):
-    """Output of `PiscesForConditionalGeneration`. A side that the batch lacks has None as its loss and count 0.
-
-    Args:
-        loss: text_loss + image_loss_weight * image_loss, over the sides that are present.
-        text_loss: cross entropy in nats, mean over labelled text tokens.
-        image_loss: the head's squared error, mean over elements of labelled vectors.
-        text_loss_sum: sum of the cross entropy over labelled text tokens.
-        num_text_tokens: number of labelled text tokens.
-        image_loss_sum: sum over labelled vectors of their mean squared error.
-        num_image_vectors: number of labelled vectors.
-        image_target_variance: variance of the labelled vectors about their per-channel mean; what predicting that mean
-            would score, so that R^2 = 1 - image_loss / image_target_variance for a regression head.
-        logits: (B, T, vocabulary), or None where `skip_logits` left them out.
-    """
-
-    loss: torch.FloatTensor | None = None
-    text_loss: torch.FloatTensor | None = None
-    image_loss: torch.FloatTensor | None = None
-    text_loss_sum: torch.FloatTensor | None = None
-    num_text_tokens: torch.LongTensor | None = None
-    image_loss_sum: torch.FloatTensor | None = None
-    num_image_vectors: torch.LongTensor | None = None
-    image_target_variance: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor] | None = None
-    attentions: tuple[torch.FloatTensor] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
 
 
 class PiscesPreTrainedModel(PreTrainedModel):
@@ -144,11 +96,16 @@ class PiscesModel(PiscesPreTrainedModel):
 
         Returns:
             the tower's output; `pooler_output` is (I, N, D), projected.
+
+        Raises:
+            ValueError: the images do not have the tower's size.
         """
+        _check_size(pixel_values, self.config.vision_config, "pixel_values", "images")
         layers = self.config.vision_feature_layer
         # a frozen tower must not build a graph even when checkpointing hooks ask its inputs for gradients
         with torch.set_grad_enabled(torch.is_grad_enabled() and _is_trained(self.vision_tower)):
-            kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layers is not None
+            if layers is not None:
+                kwargs["output_hidden_states"] = True
             kwargs.pop("return_dict", None)
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         if layers is None:
@@ -160,14 +117,10 @@ class PiscesModel(PiscesPreTrainedModel):
             features = features[:, -num_patches(self.config.vision_config) :]
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.multi_modal_projector(features.to(self._projector_dtype)),
+            pooler_output=self.multi_modal_projector(features),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    @property
-    def _projector_dtype(self) -> torch.dtype:
-        return self.multi_modal_projector.linear_1.weight.dtype
 
     @torch.no_grad()
     def encode_gen_images(self, gen_pixel_values: torch.Tensor) -> torch.Tensor:
@@ -180,16 +133,17 @@ class PiscesModel(PiscesPreTrainedModel):
             (J, M, Dg), row-major over the pooled grid, detached: the tower stays frozen.
 
         Raises:
-            ValueError: the model has no generation tower.
+            ValueError: the model has no generation tower, or the images do not have its size.
         """
         self._require_generation("encode_gen_images")
+        _check_size(gen_pixel_values, self.config.gen_vision_config, "gen_pixel_values", "gen_images")
         patches = self.gen_vision_tower(gen_pixel_values.to(self.gen_vision_tower.dtype)).last_hidden_state
         patches = patches[:, -num_patches(self.config.gen_vision_config) :]  # stock towers keep a class token in front
         return pool_patches(patches, self.config.gen_pool_stride)
 
     def embed_gen_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
         """Project generated vectors to input embeddings of the language model: (..., Dg) -> (..., D)."""
-        return self.gen_projector(vectors.to(self.gen_projector.linear_1.weight.dtype))
+        return self.gen_projector(vectors)
 
     def predict_gen_vectors(
         self, hidden_states: torch.Tensor, noise: torch.Tensor | None = None, num_flow_steps: int | None = None
@@ -204,12 +158,13 @@ class PiscesModel(PiscesPreTrainedModel):
         if self.gen_head.is_stochastic and noise is None:
             shape = (*hidden_states.shape[:-1], self.config.gen_vector_size)
             noise = torch.randn(shape, device=hidden_states.device, dtype=torch.float32)
+        noise = None if noise is None else noise.to(hidden_states.device)
         return self.gen_head.sample(hidden_states, noise, num_flow_steps)
 
     def _require_generation(self, what: str):
         if not self.config.has_generation:
             raise ValueError(
-                f"{what} needs a generation tower, but this checkpoint has gen_vision_config=None (understanding only). "
+                f"{what} needs a generation tower, but this checkpoint has gen_vision_config=None (understands only). "
                 "Load a checkpoint with a generation tower, or leave generated images out."
             )
 
@@ -364,6 +319,15 @@ def _build_gen_vision_tower(config) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
+def _check_size(pixels: torch.Tensor, config, name: str, argument: str):
+    side = config.image_size
+    if pixels.ndim != 4 or pixels.shape[-2:] != (side, side):
+        raise ValueError(
+            f"{name} has the shape {tuple(pixels.shape)}, but the tower takes (images, 3, {side}, {side}). Prepare "
+            f"them with PiscesProcessor({argument}=...)."
+        )
+
+
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
@@ -391,6 +355,9 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         super().__init__(config)
         self.model = PiscesModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        embedding = self.get_input_embeddings()  # "embed_tokens" in most language models, "wte" or others in some
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -425,6 +392,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         gen_pixel_values: torch.Tensor | None = None,
         gen_image_vectors: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         mm_encoder_outputs: dict | None = None,
@@ -436,6 +404,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
             labels: (B, T). -100 is ignored; `gen_image_token_id` at a placeholder asks for the image loss of that
                 vector; `image_token_id` is always ignored; any other id is a text target. `labels = input_ids` with
                 everything but the assistant's turns set to -100 is right for both sides.
+            shift_labels: (B, T) instead of `labels`, shifted already: position t names what stands at t + 1.
             logits_to_keep: the last so many positions (0: all), or a 1-D index.
             skip_logits: leave `logits` out and run `lm_head` on labelled positions only; None does so in training with
                 labels, where a full (B, T, vocabulary) tensor would be the largest of the step.
@@ -456,8 +425,10 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        losses = {} if labels is None else self._losses(hidden, labels, outputs)
-        skip_logits = (self.training and labels is not None) if skip_logits is None else skip_logits
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        losses = {} if shift_labels is None else self._losses(hidden, shift_labels, outputs)
+        skip_logits = (self.training and shift_labels is not None) if skip_logits is None else skip_logits
         logits = None
         if not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -471,46 +442,43 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _losses(self, hidden: torch.Tensor, labels: torch.Tensor, outputs: PiscesModelOutputWithPast) -> dict:
-        """Both losses with their sums and counts; position t predicts what stands at t + 1."""
-        labels = labels.to(hidden.device)
-        before, targets = hidden[:, :-1], labels[:, 1:]
+    def _losses(self, hidden: torch.Tensor, targets: torch.Tensor, outputs: PiscesModelOutputWithPast) -> dict:
+        """Both losses with their sums and counts; `targets` (B, T) is what each position predicts."""
+        targets = targets.to(hidden.device)
         is_placeholder = (targets == self.config.image_token_id) | (targets == self.config.gen_image_token_id)
-        losses = self._text_loss(before, targets, (targets != -100) & ~is_placeholder)
-        losses |= self._image_loss(hidden, labels, outputs)
+        losses = self._text_loss(hidden, targets, (targets != -100) & ~is_placeholder)
+        losses |= self._image_loss(hidden, targets, outputs)
         # without text targets the sum is a zero that still reaches lm_head, so that backward() works in every batch
         text_loss = losses["text_loss_sum"] if losses["text_loss"] is None else losses["text_loss"]
         image_loss = 0.0 if losses["image_loss"] is None else self.config.image_loss_weight * losses["image_loss"]
         losses["loss"] = text_loss + image_loss
         return losses
 
-    def _text_loss(self, before: torch.Tensor, targets: torch.Tensor, is_text: torch.Tensor) -> dict:
+    def _text_loss(self, hidden: torch.Tensor, targets: torch.Tensor, is_text: torch.Tensor) -> dict:
         count = is_text.sum()
         if count == 0:  # lm_head still takes part, with zero gradient, for the ranks that do have text
-            total = 0.0 * self.lm_head(before[:1, :1]).float().sum()
+            total = 0.0 * self.lm_head(hidden[:1, :1]).float().sum()
             return {"text_loss": None, "text_loss_sum": total, "num_text_tokens": count}
-        logits = self.lm_head(before[is_text])  # (labelled tokens, vocabulary)
+        logits = self.lm_head(hidden[is_text])  # (labelled tokens, vocabulary)
         total = nn.functional.cross_entropy(logits.float(), targets[is_text], reduction="sum")
         return {"text_loss": total / count, "text_loss_sum": total, "num_text_tokens": count}
 
-    def _image_loss(self, hidden: torch.Tensor, labels: torch.Tensor, outputs: PiscesModelOutputWithPast) -> dict:
+    def _image_loss(self, hidden: torch.Tensor, targets: torch.Tensor, outputs: PiscesModelOutputWithPast) -> dict:
         vectors, mask = outputs.gen_image_vectors, outputs.gen_image_mask
         if vectors is None:
-            return {"image_loss": None, "image_loss_sum": None, "num_image_vectors": labels.new_zeros(())}
-        is_target = mask & (labels == self.config.gen_image_token_id)
-        is_target[:, 0] = False  # nothing stands before the first position
-        count = is_target.sum()
+            return {"image_loss": None, "image_loss_sum": None, "num_image_vectors": targets.new_zeros(())}
+        predicts = (targets[:, :-1] == self.config.gen_image_token_id) & mask[:, 1:]  # (B, T - 1)
+        count = predicts.sum()
         if count == 0:  # vectors served as context only
             return {"image_loss": None, "image_loss_sum": None, "num_image_vectors": count}
-        targets = vectors.flatten(0, 1).to(hidden.device)[is_target[mask]]  # (labelled vectors, Dg), clean
-        before = hidden[:, :-1][is_target[:, 1:]]  # (labelled vectors, D)
-        total = self.gen_head_loss(before, targets).sum()
-        targets = targets.float()
+        is_predicted = nn.functional.pad(predicts, (1, 0))[mask]  # (J * M,); nothing stands before the first position
+        wanted = vectors.flatten(0, 1).to(hidden.device)[is_predicted].float()  # (labelled vectors, Dg), clean
+        total = self.gen_head_loss(hidden[:, :-1][predicts], wanted).sum()
         return {
             "image_loss": total / count,
             "image_loss_sum": total,
             "num_image_vectors": count,
-            "image_target_variance": (targets - targets.mean(0)).square().mean(),
+            "image_target_variance": (wanted - wanted.mean(0)).square().mean(),
         }
 
     def gen_head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

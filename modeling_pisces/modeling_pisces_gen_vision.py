@@ -1,8 +1,8 @@
 """The generation encoder ("gen-CLIP"): a plain vision transformer that turns an image into a grid of patch vectors.
 
-`PiscesModel` runs it frozen to make the vectors it learns to predict; the recipes that train such a tower use it alone.
-Its options cover EVA-CLIP as Emu2 carries it and small towers. Pooling lives here too, because the pooled vectors are
-what everybody else calls "the generated vectors". Nothing here knows of language.
+`PiscesModel` runs it frozen to make the vectors it learns to predict; the recipes that train such a tower use it
+alone. Its options cover EVA-CLIP as Emu2 carries it and small towers. Pooling lives here too, because the pooled
+vectors are what everybody else calls "the generated vectors". Nothing here knows of language.
 """
 
 # I images, P patches, C width of the tower, Dg width of a returned vector
@@ -211,9 +211,7 @@ class PiscesGenVisionModel(PreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: torch.Tensor, patch_mask: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutput:
+    def forward(self, pixel_values: torch.Tensor, patch_mask: torch.Tensor | None = None, **kwargs) -> BaseModelOutput:
         """Encode images.
 
         Args:

@@ -14,6 +14,12 @@ from transformers.activations import ACT2FN
 from .configuration_pisces import PiscesConfig
 
 
+def _match_dtype(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """`x` in the dtype of `layer`, which may stay fp32 beside a bf16 language model; quantized layers cast alone."""
+    dtype = layer.weight.dtype
+    return x.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else x
+
+
 class PiscesProjector(nn.Module):
     """Two linear layers with an activation between: vectors of one width to embeddings of another."""
 
@@ -24,7 +30,7 @@ class PiscesProjector(nn.Module):
         self.linear_2 = nn.Linear(out_size, out_size, bias=bias)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(vectors)))
+        return self.linear_2(self.act(self.linear_1(_match_dtype(vectors, self.linear_1))))
 
 
 class PiscesRegressionHead(nn.Module):
@@ -41,7 +47,7 @@ class PiscesRegressionHead(nn.Module):
         self.output = nn.Linear(width, config.gen_vector_size)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden.to(self.output.weight.dtype)  # a head trained in fp32 on a bf16 language model
+        hidden = _match_dtype(hidden, self.output)
         return self.output(hidden if self.mlp is None else self.mlp(hidden))
 
     def loss_per_vector(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -119,14 +125,14 @@ class PiscesFlowHead(nn.Module):
         time = torch.rand(shape[:2], generator=generator, device=device).to(targets.device).square()
         targets = targets.float()
         noisy = torch.lerp(noise, targets, time.unsqueeze(-1))  # (K, n, Dg)
-        condition = self.hidden_in(hidden)
+        condition = self.hidden_in(_match_dtype(hidden, self.hidden_in))
         velocity = self(noisy.to(condition.dtype), time, condition.expand(self.num_samples, -1, -1))
         return (velocity.float() - (targets - noise)).square().mean(-1).mean(0)
 
     def sample(self, hidden: torch.Tensor, noise: torch.Tensor, num_steps: int | None = None) -> torch.Tensor:
         """Follow the velocity from `noise`: (n, D), (n, Dg) -> (n, Dg)."""
         num_steps = num_steps or self.num_steps
-        condition = self.hidden_in(hidden)
+        condition = self.hidden_in(_match_dtype(hidden, self.hidden_in))
         vector = noise.to(condition.dtype)
         for step in range(num_steps):
             time = torch.full(vector.shape[:-1], step / num_steps, device=vector.device)

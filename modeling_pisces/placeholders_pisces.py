@@ -30,7 +30,7 @@ def check_placeholder_runs(
     """Check placeholders against vectors, per row and per image, so that two wrong rows cannot cancel.
 
     Every run of neighbouring placeholders must hold a whole number of images, and all runs together as many as were
-    given. Skipped while compiling or exporting, where values are not known.
+    given. Rows and a row's images count from 0. Skipped while compiling or exporting, where values are not known.
 
     Args:
         mask: (B, T) bool.
@@ -46,25 +46,30 @@ def check_placeholder_runs(
     if vectors is None and mask.shape[1] == 1:
         return  # one decoding step
     num_images = 0 if vectors is None else vectors.shape[0]
+    if vectors_per_image == 0 and bool(mask.any()):
+        raise ValueError(
+            f"Image features and image tokens do not match: the prompts have placeholders of a {kind}, but this "
+            "checkpoint has gen_vision_config=None (understanding only). Leave drawn images out of the prompt."
+        )
     if vectors is not None and vectors.shape[1] != vectors_per_image:
         raise ValueError(
             f"each {kind} has {vectors.shape[1]} vectors, but the config says {vectors_per_image}. Check the size of "
             "the pixel values against the tower's image_size."
         )
-    runs = _run_lengths(mask)
-    image = 0
-    for row, length in runs:
-        if vectors_per_image == 0 or length % vectors_per_image:
+    per_row = [0] * mask.shape[0]
+    for row, length in _run_lengths(mask):
+        more = max(round(length / vectors_per_image), 1)  # images that this run was meant to hold
+        if length != more * vectors_per_image:
+            found = length - (more - 1) * vectors_per_image
             raise ValueError(
-                f"Image features and image tokens do not match: row {row}, {kind} {image + length // vectors_per_image}: "
-                f"the prompt has a run of {length} placeholders but one {kind} takes {vectors_per_image}. Build prompts "
-                "with PiscesProcessor, which inserts one per vector, and do not truncate them (max_length=None)."
+                f"Image features and image tokens do not match: row {row}, {kind} {per_row[row] + more - 1}: the "
+                f"prompt has {found} placeholders but one {kind} takes {vectors_per_image}. Build prompts with "
+                "PiscesProcessor, which inserts one per vector, and do not truncate them (max_length=None)."
             )
-        image += length // vectors_per_image
-    if image != num_images:
-        per_row = [sum(length for r, length in runs if r == row) // vectors_per_image for row in range(mask.shape[0])]
+        per_row[row] += more
+    if sum(per_row) != num_images:
         raise ValueError(
-            f"Image features and image tokens do not match: the prompts have placeholders for {image} {kind}s "
+            f"Image features and image tokens do not match: the prompts have placeholders for {sum(per_row)} {kind}s "
             f"(per row: {per_row}) but {num_images} were given. Pass one {kind} per placeholder, in the same order; "
             "PiscesProcessor keeps both together."
         )
@@ -75,4 +80,5 @@ def _run_lengths(mask: torch.BoolTensor) -> list[tuple[int, int]]:
     padded = nn.functional.pad(mask.to(torch.int8), (1, 1))
     change = padded.diff(dim=-1)  # +1 where a run starts, -1 one past its end
     starts, ends = (change == 1).nonzero(), (change == -1).nonzero()
-    return [(int(row), int(end - start)) for (row, start), (_, end) in zip(starts.tolist(), ends.tolist())]
+    pairs = zip(starts.tolist(), ends.tolist(), strict=True)
+    return [(row, end - start) for (row, start), (_, end) in pairs]

@@ -176,8 +176,8 @@ PAIR = prompt({"class": "heart"}, {"class": "star", "position": ["left of", 0]})
     ("asked", "objects", "wrong"),
     [
         (prompt({"class": "star"}), RIGHT[:1], set()),
-        (prompt({"class": "star"}), RIGHT, {"count"}),  # an object that nobody asked for
-        (prompt({"class": "star", "color": "blue"}), RIGHT[:1], {"color", "position"}),
+        (prompt({"class": "star"}), RIGHT, {"count", "number"}),  # an object that nobody asked for
+        (prompt({"class": "star", "color": "blue"}), RIGHT[:1], {"color", "position", "palette"}),
         (prompt({"class": "star"}, place="left"), RIGHT[:1], set()),
         (prompt({"class": "star"}, place="top left"), RIGHT[:1], {"position"}),
         (prompt({"class": "star"}, background="dark"), RIGHT[:1], {"background"}),
@@ -186,7 +186,7 @@ PAIR = prompt({"class": "heart"}, {"class": "star", "position": ["left of", 0]})
         (PAIR, [found("red star", 52, 32), found("blue heart", 12, 32)], {"position"}),
         (PAIR, [found("red star", 32, 12), found("blue heart", 32, 52)], {"position"}),
         (prompt({"class": "star", "count": 2}), RIGHT[:1] * 2, set()),
-        (prompt({"class": "star", "count": 3}), RIGHT[:1] * 2, {"count", "color", "position"}),
+        (prompt({"class": "star", "count": 3}), RIGHT[:1] * 2, {"count", "color", "position", "number"}),
         (prompt({"class": "cross"}), RIGHT[:1], {"shape", "count", "color", "position"}),
         (
             prompt({"class": "star", "color": "red"}, {"class": "heart", "color": "blue"}),
@@ -244,3 +244,14 @@ def test_the_scorer_does_not_import_the_room_that_draws():
     for module in (evaluation.scene_scorer, evaluation.scene_detector):
         text = Path(module.__file__).read_text(encoding="utf-8")
         assert "import finetune" not in text and "from finetune" not in text
+
+
+def test_number_and_palette_ignore_shapes():
+    """Circles where stars were asked for: the number is right, and the palette as far as the colours are."""
+    asked = prompt({"class": "star", "count": 1, "color": "red"}, {"class": "star", "count": 1, "color": "blue"})
+    both_red = Detection("light", [found("red circle", 12, 32), found("red circle", 52, 32)])
+    scores = score_prompt(both_red, asked)
+    assert scores["number"] and not scores["palette"] and not scores["shape"]
+    one_each = Detection("light", [found("red circle", 12, 32), found("blue circle", 52, 32)])
+    assert score_prompt(one_each, asked)["palette"]
+    assert "palette" not in score_prompt(one_each, prompt({"class": "star", "count": 2}))

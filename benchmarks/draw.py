@@ -1,0 +1,46 @@
+"""Seconds per drawn picture with a loaded pipeline, one prompt at a time, as `pisces draw` does it.
+
+`python -m benchmarks.draw --model pisces-tiny --output results/draw.json`
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from benchmarks.timing import write_result
+from modeling_pisces import PiscesPipeline
+
+
+PROMPTS = (
+    "a red circle",
+    "two blue stars",
+    "a yellow heart left of a purple square",
+    "three crosses on a dark background",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
+    parser.add_argument("--output", required=True, help="results file to write")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    pipeline = PiscesPipeline.from_pretrained(arguments.model)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(prompt: str, seed: int) -> float:
+        start = time.perf_counter()
+        pipeline(prompt, generator=torch.Generator().manual_seed(seed))
+        return time.perf_counter() - start
+
+    draw(PROMPTS[0], 0)  # warm-up
+    times = [draw(prompt, seed) for seed in range(arguments.rounds) for prompt in PROMPTS]
+    measured = {"seconds_per_image_median": round(statistics.median(times), 3)}
+    measured |= {"slowest": round(max(times), 3), "pictures": len(times), "threads": torch.get_num_threads()}
+    write_result(arguments.output, "draw", "<= 3 s per image on two cores", measured)
+
+
+if __name__ == "__main__":
+    main()
