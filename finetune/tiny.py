@@ -171,6 +171,24 @@ def assemble(
     make_processor(tokenizer, config).save_pretrained(output)
 
 
+def forget_paths(path: Path) -> None:
+    """Drop from a JSON file where its part was loaded from; that says nothing outside of this machine."""
+
+    def clean(value):
+        if isinstance(value, dict):
+            return {
+                key: clean(item)
+                for key, item in value.items()
+                if key not in ("_name_or_path", "is_local", "local_files_only")
+            }
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    if path.name != "tokenizer.json":
+        path.write_text(
+            json.dumps(clean(json.loads(path.read_text(encoding="utf-8"))), indent=2) + "\n", encoding="utf-8"
+        )
+
+
 def finish(checkpoint: Path, decoder: Path, vae: Path, output: Path) -> None:
     """Copy the last stage's checkpoint and the decoder's parts into one folder with both layouts."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -192,6 +210,8 @@ def finish(checkpoint: Path, decoder: Path, vae: Path, output: Path) -> None:
         default_guidance_scale=1.0,  # the vectors leave little open, so guidance would only cost time
     )
     pipeline.save_pretrained(output)
+    for path in sorted(output.rglob("*.json")):
+        forget_paths(path)
     files = sorted(path for path in output.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(output)): path.stat().st_size for path in files}
     print(json.dumps({"bytes": sum(sizes.values()), "files": sizes}, indent=1))
