@@ -18,7 +18,7 @@ VERSION ?= 5.16.1 5.19.0 5.23.0
 quoted = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples test test-all test-transformers check format wheel-check clean
+.PHONY: help setup demo examples tiny test test-all test-mixins test-transformers check format wheel-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -67,6 +67,12 @@ test-transformers: $(INSTALLED) ## the fast tests on several releases of transfo
 		echo "== transformers $$version"; \
 		$$venv/bin/python -m pytest -q -m "not slow" $(TESTS); \
 	done
+
+test-mixins: $(INSTALLED) ## transformers' own common tests on our classes (fetches its source distribution once)
+	@$(BIN)/python tests/mixins/run_mixins.py
+
+tiny: $(INSTALLED) ## train pisces-tiny from nothing into runs/tiny (hours; stop and repeat at will)
+	@bash finetune/tiny.sh
 
 check: $(INSTALLED) ## lint, format and types
 	@$(BIN)/ruff check .

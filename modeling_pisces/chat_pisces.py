@@ -133,6 +133,20 @@ class PiscesChatProcessor(ProcessorMixin):
         masks = [assistant_mask(*row) for row in zip(offsets, replacements, spans, strict=True)]
         outputs["assistant_masks"] = torch.tensor(masks) if is_tensor else masks
 
+    def post_process_image_text_to_text(self, generated_outputs: Any, *args, **kwargs) -> list[str]:
+        """Generated ids (rows, T) as text; transformers' "image-text-to-text" pipeline calls it.
+
+        Raises:
+            ValueError: the outputs are vectors of a drawing.
+        """
+        first = generated_outputs[0] if len(generated_outputs) else None
+        if isinstance(first, torch.Tensor) and first.is_floating_point():
+            raise ValueError(
+                "these are vectors of a drawing, not token ids, so they have no text. Use PiscesPipeline to draw, and "
+                "this pipeline or method for answers."
+            )
+        return super().post_process_image_text_to_text(generated_outputs, *args, **kwargs)
+
     def post_process_multimodal_output(
         self,
         generated_outputs: Any,

@@ -50,8 +50,9 @@ def test_drawing_equals_a_loop_written_by_hand():
     with torch.no_grad():
         for timestep in scheduler.timesteps:
             scaled = scheduler.scale_model_input(latents, timestep)
-            away = pipe.unet(scaled, timestep, negative).sample
-            towards = pipe.unet(scaled, timestep, positive).sample
+            # one batch of two, as the pipeline runs it: alone, other kernels are chosen and Euler's steps magnify that
+            both = pipe.unet(torch.cat([scaled] * 2), timestep, torch.cat([negative, positive])).sample
+            away, towards = both.chunk(2)
             latents = scheduler.step(away + 2.5 * (towards - away), timestep, latents).prev_sample
     torch.testing.assert_close(found, latents, atol=1e-4, rtol=1e-5)  # Euler starts at about 14.6, so 1e-5 of that
 

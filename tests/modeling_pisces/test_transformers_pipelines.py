@@ -75,3 +75,8 @@ def test_any_to_any_writes_text_and_for_pictures_names_the_pipeline_to_use(check
     assert isinstance(answer, str)
     with pytest.raises(ValueError, match="PiscesPipeline"):
         pipe(text=[{"role": "user", "content": [{"type": "text", "text": "a red cube"}]}], generation_mode="image")
+
+
+def test_image_text_to_text_refuses_to_draw_and_names_what_does(describe, checkpoint):
+    with pytest.raises(ValueError, match=r"vectors of a drawing.*Use PiscesPipeline to draw"):
+        describe(text=conversation(str(checkpoint / "red.png")), generate_kwargs={"generation_mode": "image"})

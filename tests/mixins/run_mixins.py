@@ -1,0 +1,113 @@
+"""Runs transformers' own common tests on our classes: `python tests/mixins/run_mixins.py [--source PATH] [pytest arguments]`.
+
+The mixins (`ModelTesterMixin`, `ConfigTester`, `ProcessorTesterMixin`) are not in the transformers wheel but in its source
+distribution, so they are as new as the installed version and need no clone. This script copies the common files next
+to our tester classes (`mixin_*.py` in this folder) and hands them to pytest. It is no part of `make test`: it takes
+minutes and, without `--source`, downloads 11 MB. Remaining failures are explained one by one in docs/log.md.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import transformers
+
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+# what the common files import, but the source distribution lacks; none of it is about our classes
+STUBS = {
+    "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
+    "tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
+    "tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
+    "utils/fetch_hub_objects_for_ci.py": """
+import tempfile
+from PIL import Image
+
+def url_to_local_path(url):
+    '''A made-up picture for every picture address: the tests run offline.'''
+    if not url.endswith((".png", ".jpg", ".jpeg")):
+        return url
+    path = tempfile.mktemp(suffix=".png")
+    Image.effect_noise((64, 48), 90).convert("RGB").save(path)
+    return path
+""",
+}
+
+
+def find_source(source: str | None, cache: Path) -> Path:
+    """The unpacked source distribution: a folder, an archive, or a download for the installed version.
+
+    Raises:
+        ValueError: the path holds no transformers source distribution.
+    """
+    if source is None:
+        archive = cache / f"transformers-{transformers.__version__}.tar.gz"
+        if not archive.exists():
+            print(f"downloading the source distribution of transformers {transformers.__version__} ...", flush=True)
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+            command += ["--no-binary", ":all:", "--dest", str(cache), f"transformers=={transformers.__version__}"]
+            subprocess.run(command, check=True)
+    else:
+        archive = Path(source)
+    if archive.is_file():
+        with tarfile.open(archive) as contents:
+            contents.extractall(cache, filter="data")
+        archive = cache / archive.name.removesuffix(".tar.gz")
+    if not (archive / "tests" / "test_modeling_common.py").exists():
+        raise ValueError(
+            f"{archive} has no tests/test_modeling_common.py. Give --source the folder or .tar.gz of a transformers source "
+            "distribution, or leave it out to download the one that fits."
+        )
+    return archive
+
+
+def lay_out(source: Path, folder: Path) -> Path:
+    """Common tests, stubs and our tester classes in the places where the relative imports look; returns our tests."""
+    ours = folder / "tests" / "models" / "pisces"
+    ours.mkdir(parents=True)
+    for path in (source / "tests").glob("test_*_common.py"):
+        shutil.copy(path, folder / "tests" / path.name)
+    for name, text in STUBS.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    for path in HERE.glob("mixin_*.py"):
+        shutil.copy(path, ours / path.name.replace("mixin_", "test_", 1))
+    for package in {path.parent for path in (folder / "tests").rglob("*.py")} | {ours.parent}:
+        (package / "__init__.py").touch()
+    # some common tests look for the package's sources beside the tests
+    (folder / "src").mkdir()
+    (folder / "src" / "transformers").symlink_to(Path(transformers.__file__).parent)
+    return ours
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--source", help="folder or .tar.gz of a transformers source distribution; default: download it"
+    )
+    parser.add_argument("--cache", type=Path, default=REPOSITORY / ".mixins", help="where downloads are kept")
+    args, pytest_arguments = parser.parse_known_args()
+    args.cache.mkdir(parents=True, exist_ok=True)
+    try:
+        source = find_source(args.source, args.cache)
+    except ValueError as error:
+        print(f"run_mixins: {error}", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        ours = lay_out(source, Path(folder))
+        search_path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(ours)]
+        command += pytest_arguments
+        return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
