@@ -93,6 +93,7 @@ class EmbeddingRun:
 
     def step(self, embeds: torch.Tensor) -> torch.Tensor:
         """Run one more embedding per row: (B, 1, D) -> (B, D)."""
+        assert self.position is not None, "step() needs the positions that prefill() leaves"
         self.position = self.position + 1
         embeds = embeds.to(self.dtype)
         if self.mask is not None:
