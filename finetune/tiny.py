@@ -31,7 +31,7 @@ SPECIAL_TOKENS = (
 )
 VOCABULARY_SIZE = 512
 IMAGE_SIZE = 64
-# of 0, .3, .6, .8, 1 the best ones on held-out prompts are the low ones (docs/tiny.md); above 0, so that seeds differ
+# chosen by hand between 0 and 1, with held-out prompts in view (docs/tiny.md says how); above 0, so that seeds differ
 IMAGE_TEMPERATURE = 0.3
 # Compact turns: at this size a Llama-3.1 header would be a third of the sequence.
 CHAT_TEMPLATE = """\
