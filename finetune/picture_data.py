@@ -33,12 +33,25 @@ class PictureData:
     captions: list[list[str]]
 
 
-def load_pictures(folder: str | Path, limit: int | None = None) -> PictureData:
-    """Read `scenes.jsonl` and its pictures, at most `limit` of them.
+def load_pictures(folders: str | Path | Sequence[str | Path], limit: int | None = None) -> PictureData:
+    """Read `scenes.jsonl` and its pictures, at most `limit` of each folder.
 
     Raises:
-        ValueError: the folder has no `scenes.jsonl`, no rows, or pictures of different sizes.
+        ValueError: a folder has no `scenes.jsonl`, no rows, or pictures of different sizes.
     """
+    if isinstance(folders, (str, Path)):
+        return _load_folder(folders, limit)
+    parts = [_load_folder(folder, limit) for folder in folders]
+    if len(sizes := {part.pictures.shape[1:] for part in parts}) > 1:
+        raise ValueError(f"{list(folders)}: pictures of different sizes {sorted(sizes)}. Render them at one --size.")
+    return PictureData(
+        pictures=torch.cat([part.pictures for part in parts]),
+        truths=[truth for part in parts for truth in part.truths],
+        captions=[captions for part in parts for captions in part.captions],
+    )
+
+
+def _load_folder(folder: str | Path, limit: int | None) -> PictureData:
     path = Path(folder) / "scenes.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder}: no scenes.jsonl there. Write a data folder with `python -m finetune.scenes`.")

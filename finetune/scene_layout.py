@@ -5,6 +5,7 @@ purpose: whatever a caption leaves unsaid (place, background, size) has one cano
 regresses image vectors would otherwise average the possibilities into blur. Only unsaid colours are random.
 """
 
+import colorsys
 import itertools
 import random
 from dataclasses import asdict, dataclass
@@ -226,6 +227,27 @@ def make_scene(
     shade = rng.randint(-8, 8)
     background_rgb = tuple(value + shade + rng.randint(-2, 2) for value in BACKGROUNDS[background])
     return Scene(background, background_rgb, objects, kind, place)
+
+
+def name_color(rgb: tuple[int, int, int]) -> str:
+    """The name of the nearest colour of the vocabulary."""
+    return min(COLORS, key=lambda name: sum((a - b) ** 2 for a, b in zip(rgb, COLORS[name], strict=True)))
+
+
+def spread_colors(scene: Scene, rng: random.Random) -> Scene:
+    """Give each object of `scene`, in place, any vivid colour that still bears its name.
+
+    Encoder and decoder then learn colour as something continuous that any shape can have, instead of 42 seen pairs. A
+    held-out pair stays unseen, because the nearest name decides.
+    """
+    for item in scene.objects:
+        while True:
+            hue, saturation, value = rng.random(), rng.uniform(0.5, 1.0), rng.uniform(0.6, 1.0)
+            rgb = tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+            if name_color(rgb) == item.color:
+                item.rgb = rgb
+                break
+    return scene
 
 
 def _draw(rng: random.Random, kind: str, num_objects: int) -> Scene:

@@ -15,7 +15,17 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from finetune.scene_layout import BACKGROUNDS, COLORS, LATTICE, SHAPES, SIZES, SPLITS, Scene, sample_scene
+from finetune.scene_layout import (
+    BACKGROUNDS,
+    COLORS,
+    LATTICE,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    Scene,
+    sample_scene,
+    spread_colors,
+)
 from finetune.scene_prompts import prompts_for_evaluation
 from finetune.scene_questions import questions
 from finetune.scene_text import caption_prompts
@@ -109,10 +119,14 @@ def render_scene(scene: Scene, size: int = 64) -> Image.Image:
     return canvas.reduce(SUPERSAMPLING)
 
 
-def make_row(index: int, seed: int, split: str, size: int = 64, max_objects: int = 4) -> tuple[dict, Image.Image]:
+def make_row(
+    index: int, seed: int, split: str, size: int = 64, max_objects: int = 4, broad_colors: bool = False
+) -> tuple[dict, Image.Image]:
     """The row of `scenes.jsonl` and the picture of one index: a function of the arguments alone."""
     rng = random.Random(f"{split}-{seed}-{index}")
     scene = sample_scene(rng, split, max_objects)
+    if broad_colors:
+        scene = spread_colors(scene, rng)
     row = {
         "id": f"{split}-{seed}-{index:06d}",
         "image": f"images/{index:06d}.png",
@@ -137,7 +151,13 @@ def write_silhouettes(folder: Path) -> None:
 
 
 def write_scenes(
-    output: str | Path, num_scenes: int, seed: int, split: str = "train", size: int = 64, max_objects: int = 4
+    output: str | Path,
+    num_scenes: int,
+    seed: int,
+    split: str = "train",
+    size: int = 64,
+    max_objects: int = 4,
+    broad_colors: bool = False,
 ) -> Path:
     """Write a data folder, or go on with one that the same settings began.
 
@@ -149,6 +169,7 @@ def write_scenes(
         ValueError: the folder holds other files or other settings, or more scenes than asked for.
     """
     folder, settings = Path(output), {"seed": seed, "split": split, "size": size, "max_objects": max_objects}
+    settings["broad_colors"] = broad_colors
     first = _open_folder(folder, settings, num_scenes)
     write_silhouettes(folder)
     if split == "heldout":
@@ -195,6 +216,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=SPLITS, default="train", help="train never shows held-out combinations")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels, 64 or more")
     parser.add_argument("--max_objects", type=int, default=4, help="most objects in one scene, 1 to 4")
+    parser.add_argument(
+        "--broad_colors", action="store_true", help="any vivid shade of each colour's name; for stage 0"
+    )
     options = parser.parse_args(arguments)
     try:
         write_scenes(**vars(options))

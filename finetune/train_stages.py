@@ -27,6 +27,7 @@ from modeling_pisces import load_image
 class StageArguments(RunArguments):
     """Flags of one stage; those of `RunArguments` keep their meaning, `batch_size` is the rows of one block."""
 
+    data: str = field(default="", metadata={"help": "data folder written by `python -m finetune.scenes`"})
     checkpoint: str = field(default="", metadata={"help": "checkpoint folder to start from"})
     stage: str = field(default="pretrain", metadata={"help": "pretrain, detail or instruct"})
     pattern: str = field(default="ug", metadata={"help": "blocks of one step: u understanding, g generation"})

@@ -54,7 +54,7 @@ AttentionMaskInterface.register("full_precision_sdpa", sdpa_mask)
 class RunArguments:
     """Flags that every stage 0 recipe has; the defaults are those that pisces-tiny's towers were trained with."""
 
-    data: str = field(metadata={"help": "data folder written by `python -m finetune.scenes`"})
+    data: list[str] = field(metadata={"help": "data folders written by `python -m finetune.scenes`"})
     output: str = field(metadata={"help": "folder for the finished part; its checkpoints/ hold what a resume needs"})
     heldout: str | None = field(default=None, metadata={"help": "data folder for held-out metrics (none without it)"})
     results: str | None = field(default=None, metadata={"help": "JSON to write; default OUTPUT/results.json"})
