@@ -52,6 +52,16 @@ def reconstruction(results: dict[str, Any]) -> str:
     return table(("reconstruction", "right"), [(n, percent(item)) for n, item in results["reconstruction"].items()])
 
 
+def interleaved(results: dict[str, Any]) -> str:
+    """Empty for results of before this was measured."""
+    if "interleaved" not in results:
+        return ""
+    part = results["interleaved"]
+    rows = [(name.replace("_", " "), percent(item)) for name, item in part["categories"].items()]
+    rows.append(("**overall** (mean)", f"{part['overall']:.3f}"))
+    return table(("its own drawing of", "described right in the next turn"), rows)
+
+
 def answers(path: Path, limit: int = 12) -> str:
     """A sample of answers, spread over the question types."""
     rows = json.loads(path.read_text(encoding="utf-8"))
@@ -71,10 +81,11 @@ def results_section(path: Path) -> str:
         understanding(results),
         drawing(results),
         reconstruction(results),
+        interleaved(results),
         f"Drawings, the first of each prompt; an x marks a wrong one:\n\n![drawings]({sheet.as_posix()})",
         "Answers, a sample:\n\n" + answers(path.with_name(path.stem + "_answers.json")),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def replace_section(card: str, section: str) -> str:

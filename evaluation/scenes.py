@@ -14,54 +14,33 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from tqdm import tqdm
 
+from evaluation.scene_descriptions import describe_drawings
 from evaluation.scene_detector import detect_objects, load_silhouettes
 from evaluation.scene_scorer import score_prompt, score_scene
-
-
-Outcomes = dict[str, list[bool]]
-PROTOCOL = (
-    "Scenes of combinations that training never showed. Answers: greedy, exact match after lower case and without a "
-    "final full stop. Reconstruction: true vectors to pixels, strict = background and every object's colour, shape "
-    "and place. Drawing: {images_per_prompt} seeds per prompt, no rewriting; overall = mean of the categories."
+from evaluation.summaries import (
+    Outcomes,
+    answer_summary,
+    batches,
+    drawing_summary,
+    save_sample,
+    seed_generators,
+    summarize,
 )
 
 
-def wilson_interval(successes: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson score)."""
-    if total == 0:
-        return 0.0, 1.0
-    share, scale = successes / total, 1 + z * z / total
-    middle = (share + z * z / (2 * total)) / scale
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
-    return middle - half, middle + half
-
-
-def summarize(outcomes: Outcomes) -> dict[str, dict[str, float]]:
-    """Share, number and interval of each category."""
-    summary = {}
-    for name, values in sorted(outcomes.items()):
-        low, high = wilson_interval(sum(values), len(values))
-        share = sum(values) / len(values) if values else 0.0
-        summary[name] = {"value": round(share, 4), "n": len(values), "low": round(low, 4), "high": round(high, 4)}
-    return summary
-
-
-def batches(items: list, size: int, description: str) -> Iterator[list]:
-    """`items` in lists of `size`, with a progress bar that counts items."""
-    with tqdm(total=len(items), desc=description) as bar:
-        for start in range(0, len(items), size):
-            chunk = items[start : start + size]
-            yield chunk
-            bar.update(len(chunk))
+PROTOCOL = (
+    "Scenes of combinations that training never showed. Answers: greedy, exact match after lower case and without a "
+    "final full stop. Reconstruction: true vectors to pixels, strict = background and every object's colour, shape "
+    "and place. Drawing: {images_per_prompt} seeds per prompt, {settings}, no rewriting; overall = mean of the "
+    "categories. Interleaved: one drawing per prompt, described in the next turn; right if all that was asked is said."
+)
 
 
 def normalize_answer(text: str) -> str:
@@ -118,15 +97,11 @@ def reconstruct_scenes(pipeline, data: Path, rows: list[dict], silhouettes, batc
     outcomes: Outcomes = defaultdict(list)
     for chunk in batches(rows, batch_size, "reconstructing"):
         pictures = [Image.open(data / row["image"]).convert("RGB") for row in chunk]
-        images = pipeline.reconstruct(pictures, generator=_generators(range(len(chunk)))).images
+        images = pipeline.reconstruct(pictures, generator=seed_generators(range(len(chunk)))).images
         for row, image in zip(chunk, images, strict=True):
             for name, value in score_scene(detect_objects(image, silhouettes), row["truth"]).items():
                 outcomes[name].append(value)
     return outcomes
-
-
-def _generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def draw_prompts(
@@ -138,7 +113,7 @@ def draw_prompts(
     drawn = []
     for chunk in batches(jobs, batch_size, f"drawing ({wording})"):
         texts = [prompt[wording] for prompt, _ in chunk]
-        images = pipeline(texts, generator=_generators(seed for _, seed in chunk)).images
+        images = pipeline(texts, generator=seed_generators(seed for _, seed in chunk)).images
         for (prompt, _), image in zip(chunk, images, strict=True):
             scores = score_prompt(detect_objects(image, silhouettes), prompt)
             outcomes[prompt["tag"]].append(scores["correct"])
@@ -146,19 +121,6 @@ def draw_prompts(
                 outcomes[f"any/{name}"].append(value)
             drawn.append((prompt, image, scores))
     return outcomes, drawn
-
-
-def drawing_summary(outcomes: Outcomes) -> dict[str, Any]:
-    """Categories, their mean, and the single attributes over all drawings."""
-    summary = summarize({name: values for name, values in outcomes.items() if not name.startswith("any/")})
-    overall = sum(item["value"] for item in summary.values()) / max(len(summary), 1)
-    attributes = summarize({name[4:]: values for name, values in outcomes.items() if name.startswith("any/")})
-    return {"overall": round(overall, 4), "categories": summary, "attributes": attributes}
-
-
-def answer_summary(outcomes: Outcomes) -> dict[str, Any]:
-    every = [value for values in outcomes.values() for value in values]
-    return {"overall": summarize({"overall": every})["overall"], "types": summarize(outcomes)}
 
 
 def save_sheet(drawn: list[tuple[dict, Image.Image, dict]], path: Path, per_category: int = 8) -> None:
@@ -174,7 +136,29 @@ def save_sheet(drawn: list[tuple[dict, Image.Image, dict]], path: Path, per_cate
     make_contact_sheet(sections, tile_side=128, columns=per_category).save(path)
 
 
-def describe_run(arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
+def load_pipeline(arguments: argparse.Namespace):
+    """The checkpoint's pipeline; flags that were given replace its own defaults of sampling."""
+    from modeling_pisces import PiscesPipeline
+
+    pipeline = PiscesPipeline.from_pretrained(arguments.model)
+    pipeline.set_progress_bar_config(disable=True)
+    if arguments.guidance_scale is not None:
+        pipeline.register_to_config(default_guidance_scale=arguments.guidance_scale)
+    if arguments.image_temperature is not None:
+        pipeline.vision_language_model.generation_config.image_temperature = arguments.image_temperature
+    return pipeline
+
+
+def describe_settings(pipeline) -> str:
+    """How a call of this pipeline draws when it names nothing."""
+    config, generation = pipeline.config, pipeline.vision_language_model.generation_config
+    words = [f"{config.default_num_inference_steps} steps", f"guidance {config.default_guidance_scale}"]
+    if (temperature := getattr(generation, "image_temperature", None)) is not None:
+        words.append(f"image temperature {temperature}")
+    return ", ".join(words)
+
+
+def describe_run(arguments: argparse.Namespace, pipeline, seconds: float) -> dict[str, Any]:
     """What a reader needs to run it again."""
     try:
         commit = subprocess.run(
@@ -189,14 +173,14 @@ def describe_run(arguments: argparse.Namespace, seconds: float) -> dict[str, Any
         "hardware": f"{hardware}, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "seconds": round(seconds, 1),
-        "protocol": PROTOCOL.format(images_per_prompt=arguments.images_per_prompt),
+        "protocol": PROTOCOL.format(
+            images_per_prompt=arguments.images_per_prompt, settings=describe_settings(pipeline)
+        ),
     }
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run all parts and return the results file's content."""
-    from modeling_pisces import PiscesPipeline
-
     start = time.monotonic()
     data = Path(arguments.data)
     rows = [json.loads(line) for line in (data / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -204,8 +188,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     random.Random(0).shuffle(prompts)
     prompts = prompts[: arguments.num_prompts]
     silhouettes = load_silhouettes(data)
-    pipeline = PiscesPipeline.from_pretrained(arguments.model)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(arguments)
 
     results: dict[str, Any] = {"benchmark": "scenes", "model": arguments.model}
     for wording in ("question", "paraphrase"):
@@ -221,13 +204,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         results[f"drawing_{wording}"] = drawing_summary(outcomes)
         if wording == "prompt":
             sheet = drawn
-    results["run"] = describe_run(arguments, time.monotonic() - start)
+    words = json.loads((data / "shapes.json").read_text(encoding="utf-8"))
+    outcomes, described = describe_drawings(pipeline, prompts, words)
+    results["interleaved"] = drawing_summary(outcomes)
+    results["run"] = describe_run(arguments, pipeline, time.monotonic() - start)
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     save_sheet(sheet, output.with_name(output.stem + "_drawings.png"))
-    sample = table[:: max(len(table) // 60, 1)]
-    output.with_name(output.stem + "_answers.json").write_text(json.dumps(sample, indent=1) + "\n", encoding="utf-8")
+    save_sample(table, output.with_name(output.stem + "_answers.json"))
+    save_sample(described, output.with_name(output.stem + "_descriptions.json"))
     return results
 
 
@@ -240,6 +226,8 @@ def main() -> None:
     parser.add_argument("--num_reconstructions", type=int, default=300, help="pictures to reconstruct")
     parser.add_argument("--num_prompts", type=int, default=192, help="drawing prompts")
     parser.add_argument("--images_per_prompt", type=int, default=4, help="drawings of each prompt")
+    parser.add_argument("--image_temperature", type=float, help="instead of the checkpoint's own")
+    parser.add_argument("--guidance_scale", type=float, help="instead of the checkpoint's own")
     results = evaluate(parser.parse_args())
     for name, part in results.items():
         if isinstance(part, dict) and "overall" in part:

@@ -7,6 +7,7 @@ conversations into model inputs with labels. `finetune.train_stages` joins the t
 
 import json
 import random
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,18 @@ from modeling_pisces import PiscesProcessor
 SHORT_REQUESTS = ("describe the picture.", "what is in the picture?", "what do you see?")
 DETAILED_REQUESTS = ("describe the picture in detail.", "describe everything in the picture.")
 STAGES = ("pretrain", "detail", "instruct")
+# Types that take longest to learn are asked more often; the others have weight 1.
+QUESTION_WEIGHTS = {"compare": 3.0, "where": 2.0, "color": 2.0, "background": 0.5, "size": 0.5}
+WINDOW_BLOCKS = 16  # blocks whose rows are sorted by length together
 
 
 class StageConversations(Dataset):
     """The whole run of one stage, row by row, in the order in which it is trained.
 
-    Row k belongs to block k // batch_size; a block holds one side only, because understanding rows are several times
-    longer than drawing rows and would pad them. What row k says depends on (seed, stage, k) alone, so that a resumed
-    run sees what the uninterrupted one would have seen.
+    Row k belongs to block k // batch_size. A block holds one side only and rows of similar length, because padding
+    would otherwise be half of all tokens: each window of 16 blocks of a side is sorted by length, cut into blocks and
+    shuffled. What row k says depends on (seed, stage, pattern, k) alone, so that a resumed run sees what the
+    uninterrupted one would have seen.
 
     Args:
         data: data folder with `scenes.jsonl` and its pictures.
@@ -35,7 +40,8 @@ class StageConversations(Dataset):
             (questions and free prompts).
         num_rows: rows of the run.
         batch_size: rows of one block.
-        pattern: sides of successive blocks, "u" understanding and "g" generation, repeated.
+        pattern: kinds of successive blocks, repeated: "u" understanding, "g" generation, "d" discussion, where the
+            model draws and then answers questions about what it has drawn.
         num_questions: questions about one picture in one conversation of the "instruct" stage.
         empty_caption_rate: share of drawing rows whose prompt is empty; the negative side of guidance.
         vectors: (pictures, M, Dg) encoded pictures, in the order of the folder, instead of their pixels.
@@ -56,8 +62,10 @@ class StageConversations(Dataset):
     ):
         if stage not in STAGES:
             raise ValueError(f"stage {stage!r} is not known. Choose one of {', '.join(STAGES)}.")
-        if not pattern or set(pattern) - {"u", "g"}:
-            raise ValueError(f"pattern {pattern!r}: expected letters u (understanding) and g (generation), e.g. 'ug'.")
+        if not pattern or set(pattern) - {"u", "g", "d"}:
+            raise ValueError(
+                f"pattern {pattern!r}: expected letters u (understanding), g (generation) and d (discussion), e.g. 'ug'."
+            )
         self.folder = Path(data)
         self.rows = read_rows(self.folder)
         if vectors is not None and len(vectors) != len(self.rows):
@@ -65,31 +73,45 @@ class StageConversations(Dataset):
         self.stage, self.num_rows, self.batch_size, self.pattern = stage, num_rows, batch_size, pattern
         self.num_questions, self.empty_caption_rate = num_questions, empty_caption_rate
         self.vectors, self.seed = vectors, seed
+        self._window = lru_cache(maxsize=2)(self._make_window)  # one for each side
 
     def __len__(self) -> int:
         return self.num_rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        side = self.pattern[index // self.batch_size % len(self.pattern)]
-        rng = random.Random(f"{self.seed}-{self.stage}-{index}")
+        block, position = divmod(index, self.batch_size)
+        repeat, place = divmod(block, len(self.pattern))
+        side = self.pattern[place]
+        number = repeat * self.pattern.count(side) + self.pattern[:place].count(side)  # of this block within its side
+        window, block_in_window = divmod(number, WINDOW_BLOCKS)
+        return self._window(side, window)[block_in_window][position]
+
+    def _make_window(self, side: str, window: int) -> list[list[dict[str, Any]]]:
+        """The blocks of one window: rows of similar length together, the blocks in random order."""
+        rng = random.Random(f"{self.seed}-{self.stage}-{side}-{window}")
+        rows = [self._make_row(side, rng) for _ in range(WINDOW_BLOCKS * self.batch_size)]
+        rows.sort(key=_text_length)
+        blocks = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        rng.shuffle(blocks)
+        return blocks
+
+    def _make_row(self, side: str, rng: random.Random) -> dict[str, Any]:
         number = rng.randrange(len(self.rows))
         row = self.rows[number]
-        return {"messages": self._understand(row, rng) if side == "u" else self._draw(row, number, rng)}
+        if side == "u":
+            return {"messages": self._understand(row, rng)}
+        messages = self._draw(row, number, rng, self.empty_caption_rate if side == "g" else 0.0)
+        return {"messages": messages + (self._discuss(row, rng) if side == "d" else [])}
 
     def _understand(self, row: dict, rng: random.Random) -> list[dict]:
         """One picture and one or several questions about it with their answers."""
-        messages = []
-        for turn, (question, answer) in enumerate(self._questions(row, rng)):
-            parts = [{"type": "text", "text": question}]
-            if turn == 0:
-                parts.insert(0, {"type": "image", "image": str(self.folder / row["image"])})
-            messages.append({"role": "user", "content": parts})
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        messages = [message for turn in self._questions(row, rng) for message in text_turn(*turn)]
+        messages[0]["content"].insert(0, {"type": "image", "image": str(self.folder / row["image"])})
         return messages
 
     def _questions(self, row: dict, rng: random.Random) -> list[tuple[str, str]]:
         if self.stage == "instruct":
-            chosen = rng.sample(row["questions"], min(self.num_questions, len(row["questions"])))
+            chosen = _sample_questions(row["questions"], self.num_questions, rng)
             return [(rng.choice([q["question"], q["paraphrase"]]), q["answer"]) for q in chosen]
         # one in ten stays short, so that the detailed stage does not unlearn the short answers
         answers = {q["type"]: q["answer"] for q in row["questions"]}
@@ -97,11 +119,11 @@ class StageConversations(Dataset):
         requests = DETAILED_REQUESTS if detailed else SHORT_REQUESTS
         return [(rng.choice(requests), answers["describe_detail" if detailed else "describe"])]
 
-    def _draw(self, row: dict, number: int, rng: random.Random) -> list[dict]:
+    def _draw(self, row: dict, number: int, rng: random.Random, empty_caption_rate: float) -> list[dict]:
         """A caption as the prompt and the picture as the answer."""
         *short, detailed = row["captions"]
         caption = detailed if self.stage == "detail" and rng.random() > 0.1 else rng.choice(short or [detailed])
-        if rng.random() < self.empty_caption_rate:
+        if rng.random() < empty_caption_rate:
             caption = ""
         picture = {"image": str(self.folder / row["image"])}
         if self.vectors is not None:
@@ -110,6 +132,31 @@ class StageConversations(Dataset):
             {"role": "user", "content": [{"type": "text", "text": caption}]},
             {"role": "assistant", "content": [{"type": "image", **picture}]},
         ]
+
+    def _discuss(self, row: dict, rng: random.Random) -> list[dict]:
+        """A description of what was just drawn and one more question about it, in either order."""
+        answers = {q["type"]: q["answer"] for q in row["questions"]}
+        turns = [(rng.choice(SHORT_REQUESTS), answers["describe"]), self._questions(row, rng)[0]]
+        rng.shuffle(turns)
+        return [message for question, answer in turns for message in text_turn(question, answer)]
+
+
+def text_turn(question: str, answer: str) -> list[dict]:
+    """A question and its answer as two messages."""
+    return [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", question), ("assistant", answer))
+    ]
+
+
+def _sample_questions(questions: list[dict], number: int, rng: random.Random) -> list[dict]:
+    """At most `number` different questions, each type with its weight (Efraimidis and Spirakis, 2006)."""
+    keys = [rng.random() ** (1 / QUESTION_WEIGHTS.get(question["type"], 1.0)) for question in questions]
+    return [questions[i] for i in sorted(range(len(keys)), key=keys.__getitem__, reverse=True)[:number]]
+
+
+def _text_length(row: dict[str, Any]) -> int:
+    return sum(len(part.get("text", "")) for message in row["messages"] for part in message["content"])
 
 
 def read_rows(folder: Path) -> list[dict]:

@@ -162,8 +162,8 @@ def write_scenes(
     """Write a data folder, or go on with one that the same settings began.
 
     The folder holds `images/NNNNNN.png`, `scenes.jsonl` (one row per picture: id, image, truth, captions with the
-    detailed one last, questions), `shapes.png` and `shapes.json`, `settings.json`, and for the "heldout" split
-    `prompts.jsonl`. Scene number i depends on (seed, split, i) only, so a longer folder begins with a shorter one.
+    detailed one last, questions), `prompts.jsonl` (what to draw for a score), `shapes.png` and `shapes.json`, and
+    `settings.json`. Scene number i depends on (seed, split, i) only, so a longer folder begins with a shorter one.
 
     Raises:
         ValueError: the folder holds other files or other settings, or more scenes than asked for.
@@ -172,9 +172,8 @@ def write_scenes(
     settings["broad_colors"] = broad_colors
     first = _open_folder(folder, settings, num_scenes)
     write_silhouettes(folder)
-    if split == "heldout":
-        with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in prompts_for_evaluation(split, seed))
+    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in prompts_for_evaluation(split, seed))
     with (folder / "scenes.jsonl").open("a", encoding="utf-8") as file:
         for index in tqdm(range(first, num_scenes), initial=first, total=num_scenes, desc="scenes", unit="scene"):
             row, image = make_row(index, **settings)

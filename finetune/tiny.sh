@@ -60,13 +60,13 @@ language_model() {
         --gen_vision_tower "$work/gen_encoder" --output "$work/start"
     step "stage 1, short captions" "$work/stage1/results.json" \
         $python -m finetune.train_stages --stage pretrain --checkpoint "$work/start" --output "$work/stage1" $stage \
-        --max_steps 450 --warmup_steps 100 --schedule constant_with_warmup --ema_decay 0.98
+        --max_steps 350 --warmup_steps 100 --schedule constant_with_warmup --ema_decay 0.98
     step "stage 2, detailed captions" "$work/stage2/results.json" \
         $python -m finetune.train_stages --stage detail --checkpoint "$work/stage1" --output "$work/stage2" $stage \
-        --max_steps 450 --warmup_steps 50 --schedule constant_with_warmup --ema_decay 0.98
+        --max_steps 350 --warmup_steps 50 --schedule constant_with_warmup --ema_decay 0.98
     step "stage 3, instructions" "$work/stage3/results.json" \
         $python -m finetune.train_stages --stage instruct --checkpoint "$work/stage2" --output "$work/stage3" $stage \
-        --pattern ugg --max_steps 2500 --warmup_steps 50 --schedule cosine --ema_decay 0.995
+        --pattern ugggd --max_steps 2600 --warmup_steps 50 --schedule cosine --ema_decay 0.995
 }
 
 scenes scenes --num_scenes 60000 --seed 0 --split train

@@ -27,10 +27,10 @@ from modeling_pisces import load_image
 class StageArguments(RunArguments):
     """Flags of one stage; those of `RunArguments` keep their meaning, `batch_size` is the rows of one block."""
 
-    data: str = field(default="", metadata={"help": "data folder written by `python -m finetune.scenes`"})
+    data: str = field(kw_only=True, metadata={"help": "data folder written by `python -m finetune.scenes`"})
     checkpoint: str = field(default="", metadata={"help": "checkpoint folder to start from"})
     stage: str = field(default="pretrain", metadata={"help": "pretrain, detail or instruct"})
-    pattern: str = field(default="ug", metadata={"help": "blocks of one step: u understanding, g generation"})
+    pattern: str = field(default="ug", metadata={"help": "blocks of one step: u understanding, g generation, d discussion"})
     num_questions: int = field(default=6, metadata={"help": "questions per picture in the instruct stage"})
     schedule: str = field(
         default="cosine", metadata={"help": "learning rate after the warm-up, by transformers' name"}
@@ -51,6 +51,8 @@ class PiscesTrainer(Trainer):
         return SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        # padding is on the right, where causal attention never looks: without a mask the attention runs twice as fast
+        inputs.pop("attention_mask", None)
         outputs = model(**inputs, use_cache=False)
         self._add("text_loss", outputs.text_loss_sum, outputs.num_text_tokens)
         self._add("image_loss", outputs.image_loss_sum, outputs.num_image_vectors)

@@ -192,3 +192,11 @@ def check_size_pairs(**pairs: tuple[int, int]) -> None:
     for name, pair in pairs.items():
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(value, int) for value in pair):
             raise ValueError(f"{name} is {pair!r}; expected two integers, (height, width) or (top, left) in pixels.")
+
+
+def check_default_negative(value: str) -> None:
+    """Refuse a default negative that no pipeline knows, before anything is built."""
+    if value not in ("empty", "zeros"):
+        raise ValueError(
+            f'default_negative is {value!r}; expected "empty" (the empty prompt) or "zeros" (all-zero vectors).'
+        )

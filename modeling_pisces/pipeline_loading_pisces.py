@@ -181,7 +181,7 @@ class PipelineLoadingMixin(Base):
         itself leaves out. Arguments are those of diffusers.
         """
         names = ("unet", "scheduler", "vae")
-        defaults = ("default_num_inference_steps", "default_guidance_scale")
+        defaults = ("default_num_inference_steps", "default_guidance_scale", "default_negative")
         decoder = type(self)(
             **{name: getattr(self, name) for name in names}, **{name: self.config[name] for name in defaults}
         )

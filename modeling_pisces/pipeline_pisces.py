@@ -33,6 +33,7 @@ from .pipeline_checks_pisces import (
     Generators,
     check_callback_names,
     check_decoder,
+    check_default_negative,
     check_generators,
     check_latents,
     check_one_given,
@@ -61,6 +62,8 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         processor: its `PiscesProcessor`.
         default_num_inference_steps: steps of a call that names none. 50: Emu2's decoder, arXiv 2312.13286.
         default_guidance_scale: guidance of a call that names none. 3.0: Emu2's decoder.
+        default_negative: what guidance leads away from when a call does not say: "empty", the drawing of the empty
+            prompt (arXiv 2312.13286), or "zeros", for a decoder that was trained with all-zero vectors now and then.
         load_language_model: read only while `DiffusionPipeline.from_pretrained` builds the pipeline: whether to attach
             the language model that lies in the same folder.
 
@@ -82,9 +85,11 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         processor: ProcessorMixin | None = None,
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 3.0,
+        default_negative: str = "empty",
         load_language_model: bool = True,
     ):
         super().__init__()
+        check_default_negative(default_negative)
         self._attach_when_named = load_language_model
         self.register_modules(
             unet=unet,
@@ -94,7 +99,9 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
             processor=processor,
         )
         self.register_to_config(
-            default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            default_negative=default_negative,
         )
         self.image_processor = VaeImageProcessor()
         self._interrupt = False
@@ -133,8 +140,7 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
 
         Args:
             prompt: B prompts; an empty string is allowed. Either this or `image_vectors`.
-            negative_prompt: one for all or one per prompt; None is the empty prompt, as the decoder was meant to be
-                guided (arXiv 2312.13286).
+            negative_prompt: one for all or one per prompt; None takes the checkpoint's `default_negative`.
             image_vectors: (B, M, Dg), from `encode_prompt`, `model.generate` or `model.encode_gen_images`.
             negative_image_vectors: (1 or B, M, Dg), instead of `negative_prompt`.
             height, width: pixels; None is the size the U-Net was trained on.
@@ -186,7 +192,7 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         vector_kwargs = vector_kwargs or {}
         # first all vectors, then all latents: the order in which a picture's generator is used
         vectors = self._vectors(positive, num_images_per_prompt, generator, vector_kwargs).to(device)
-        if negative is not None:
+        if guidance > 1:
             negative = self._negative_vectors(negative, vectors, vector_kwargs).to(device)
 
         latents = start_latents(self.scheduler, shape, generator, device, latents)
@@ -208,8 +214,8 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         Args:
             image: a picture or a list of them: PIL image, path, URL, array or tensor, as the processor reads them;
                 floats in [0, 1], as this pipeline returns them. An array of four dimensions is a list.
-            negative_image_vectors: what guidance leads away from; None is the encoding of an all-zero normalised
-                picture (arXiv 2312.13286).
+            negative_image_vectors: what guidance leads away from; None takes the checkpoint's `default_negative`,
+                where "empty" means the encoding of an all-zero normalised picture (arXiv 2312.13286).
             kwargs: everything else that drawing takes, but no prompts.
 
         Returns:
@@ -223,7 +229,8 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         check_generators(kwargs.get("generator"), len(pixels) * kwargs.get("num_images_per_prompt", 1))
         _run_offload_hook(model)
         vectors = model.encode_gen_images(pixels)
-        if negative_image_vectors is None and self._guidance_of(kwargs.get("guidance_scale")) > 1:
+        is_guided = self._guidance_of(kwargs.get("guidance_scale")) > 1
+        if negative_image_vectors is None and is_guided and self.config.default_negative == "empty":
             negative_image_vectors = model.encode_gen_images(torch.zeros_like(pixels[:1]))
         return self(image_vectors=vectors, negative_image_vectors=negative_image_vectors, **kwargs)
 
@@ -280,8 +287,10 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
             return self.encode_prompt(positive, num_images_per_prompt, generator, **vector_kwargs)
         return positive.repeat_interleave(num_images_per_prompt, dim=0)
 
-    def _negative_vectors(self, negative: list[str] | Tensor, vectors: Tensor, vector_kwargs: dict) -> Tensor:
-        """Negative prompts or given vectors, one row for each of `vectors`."""
+    def _negative_vectors(self, negative: list[str] | Tensor | None, vectors: Tensor, vector_kwargs: dict) -> Tensor:
+        """Negative prompts, given vectors or zeros, one row for each of `vectors`."""
+        if negative is None:
+            return torch.zeros_like(vectors)
         if isinstance(negative, list):
             if self.vision_language_model.config.gen_head_type == "flow":
                 # without noise: the counterpart of what a regression head answers, and free of any picture's generator
@@ -368,7 +377,7 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
     def _check_negative(
         self, prompt: str | list[str] | None, vectors: Tensor | None, num_rows: int, guidance_scale: float
     ) -> list[str] | Tensor | None:
-        """What guidance leads away from: prompts still to encode, vectors, or None without guidance."""
+        """What guidance leads away from: prompts still to encode, vectors, or None for zeros or without guidance."""
         check_one_given("negative_prompt", "negative_image_vectors", (prompt, vectors), needs_one=False)
         if guidance_scale <= 1:
             if prompt is not None or vectors is not None:
@@ -378,6 +387,8 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
             self._check_vectors("negative_image_vectors", vectors)
             check_rows("negative_image_vectors", len(vectors), num_rows)
             return vectors
+        if prompt is None and self.config.default_negative == "zeros":
+            return None
         prompts = prompt_list("negative_prompt", "" if prompt is None else prompt)
         check_rows("negative_prompt", len(prompts), num_rows)
         self._require_language_model("encode the negative prompt (or pass negative_image_vectors=)")

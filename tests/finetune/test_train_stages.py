@@ -1,6 +1,7 @@
 """Claims about `finetune.conversations`, `finetune.train_stages` and `finetune.tiny`, at toy size."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from finetune import tiny
-from finetune.conversations import PiscesDataCollator, StageConversations
+from finetune.conversations import PiscesDataCollator, StageConversations, _sample_questions
 from finetune.scenes import write_scenes
 from finetune.train_stages import StageArguments, train_stage
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
@@ -53,6 +54,31 @@ def test_blocks_follow_the_pattern(data):
     rows = StageConversations(data, "pretrain", num_rows=24, batch_size=4, pattern="ugg")
     draws = [rows[i]["messages"][-1]["content"][0]["type"] == "image" for i in range(24)]
     assert draws == ([False] * 4 + [True] * 8) * 2
+
+
+def test_a_block_holds_rows_of_similar_length_and_every_length_comes(data):
+    made = StageConversations(data, "instruct", num_rows=16 * 8, batch_size=8, pattern="g")
+    lengths = [len(made[i]["messages"][0]["content"][0]["text"]) for i in range(16 * 8)]
+    blocks = [lengths[start : start + 8] for start in range(0, len(lengths), 8)]
+    padded = sum(max(block) * len(block) for block in blocks)
+    assert padded < 1.25 * sum(lengths)  # in random order: more than 1.8
+    assert blocks != sorted(blocks)  # no curriculum by length
+
+
+def test_a_discussion_draws_and_then_answers_about_the_drawing(data):
+    rows = StageConversations(data, "instruct", num_rows=16, batch_size=4, pattern="d")
+    for index in range(16):
+        roles = [message["role"] for message in rows[index]["messages"]]
+        kinds = [[part["type"] for part in message["content"]] for message in rows[index]["messages"]]
+        assert roles == ["user", "assistant"] * 3
+        assert kinds == [["text"], ["image"]] + [["text"]] * 4
+        assert rows[index]["messages"][0]["content"][0]["text"]  # never about the empty prompt
+
+
+def test_hard_questions_are_asked_more_often():
+    questions = [{"type": "compare"}, {"type": "count"}]
+    picked = [_sample_questions(questions, 1, random.Random(seed))[0]["type"] for seed in range(2000)]
+    assert 0.71 < picked.count("compare") / 2000 < 0.79  # 3 of 4
 
 
 def test_stages_say_what_their_names_promise(data):

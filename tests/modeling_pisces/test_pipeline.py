@@ -104,6 +104,27 @@ def test_defaults_of_steps_and_guidance_come_from_the_checkpoint():
     assert make_pipeline().config.default_guidance_scale == 3.0
 
 
+def test_a_decoder_trained_with_zeros_is_guided_away_from_zeros():
+    pipe = make_pipeline(default_negative="zeros")
+    rows = vectors(num_rows=2)
+    by_default = pipe(image_vectors=rows, guidance_scale=4.0, generator=seeds(0, 1), output_type="pt").images
+    named = draw(
+        make_pipeline(),
+        image_vectors=rows,
+        negative_image_vectors=torch.zeros_like(rows[:1]),
+        guidance_scale=4.0,
+        generator=seeds(0, 1),
+    )
+    assert torch.equal(by_default, named)
+    other = draw(pipe, image_vectors=rows, negative_image_vectors=rows[:1], guidance_scale=4.0, generator=seeds(0, 1))
+    assert not torch.equal(by_default, other)  # a given negative goes first
+
+
+def test_an_unknown_default_negative_is_refused():
+    with pytest.raises(ValueError, match="default_negative is 'none'; expected \"empty\""):
+        make_pipeline(default_negative="none")
+
+
 def test_given_latents_replace_the_drawn_noise():
     pipe = make_pipeline()
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
