@@ -72,6 +72,7 @@ language_model() {
 scenes scenes --num_scenes 60000 --seed 0 --split train
 scenes broad --num_scenes 30000 --seed 2 --split train --broad_colors
 scenes heldout --num_scenes 1500 --seed 1 --split heldout
+scenes shown --num_scenes 500 --seed 3 --split train # new pictures of shown combinations, to choose settings with
 
 # Two processes at a time; what the second one prints goes to a log.
 vision_tower_and_autoencoder >"$work/second.log" 2>&1 &
@@ -86,5 +87,7 @@ wait $second
 step "finished folder" "$work/pisces-tiny/model_index.json" \
     $python -m finetune.tiny finish --checkpoint "$work/stage3" --decoder "$work/decoder" --vae "$work/vae_decoder" \
     --output "$work/pisces-tiny"
-step "score" "$work/pisces-tiny.json" \
-    $python -m evaluation.scenes --model "$work/pisces-tiny" --data "$work/heldout" --output "$work/pisces-tiny.json"
+for split in shown heldout; do
+    step "score: $split" "$work/pisces-tiny-$split.json" \
+        $python -m evaluation.scenes --model "$work/pisces-tiny" --data "$work/$split" --output "$work/pisces-tiny-$split.json"
+done
