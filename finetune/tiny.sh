@@ -47,7 +47,7 @@ decoder() {
     step "U-Net" "$work/decoder/unet/.done" \
         $python -m finetune.train_decoder --part unet $data --output "$work/decoder/unet" \
         --gen_encoder "$work/gen_encoder" --vae "$work/decoder/vae" \
-        --max_steps 14000 --batch_size 32 --learning_rate 1e-3 --warmup_steps 300 --ema_decay 0.999 --eval_steps 1000
+        --max_steps 10000 --batch_size 32 --learning_rate 1e-3 --warmup_steps 300 --ema_decay 0.999 --eval_steps 1000
     touch "$work/decoder/unet/.done"
     step "autoencoder, painting half" "$work/vae_decoder/config.json" \
         $python -m finetune.train_decoder --part vae_decoder $data --output "$work/vae_decoder" --vae "$work/decoder/vae" \
