@@ -66,7 +66,7 @@ language_model() {
         --max_steps 350 --warmup_steps 50 --schedule constant_with_warmup --ema_decay 0.98
     step "stage 3, instructions" "$work/stage3/results.json" \
         $python -m finetune.train_stages --stage instruct --checkpoint "$work/stage2" --output "$work/stage3" $stage \
-        --pattern ugggd --max_steps 2400 --warmup_steps 50 --schedule cosine --ema_decay 0.995
+        --pattern ugggd --max_steps 2000 --warmup_steps 50 --schedule cosine --ema_decay 0.995
 }
 
 scenes scenes --num_scenes 60000 --seed 0 --split train
