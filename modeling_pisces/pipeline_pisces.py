@@ -295,13 +295,15 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
             if self.vision_language_model.config.gen_head_type == "flow":
                 # without noise: the counterpart of what a regression head answers, and free of any picture's generator
                 vector_kwargs = {**vector_kwargs, "image_temperature": 0.0}
-            negative = self.encode_prompt(negative, **vector_kwargs)
-        if negative.shape[1] != vectors.shape[1]:
+            encoded = self.encode_prompt(negative, **vector_kwargs)
+        else:
+            encoded = negative
+        if encoded.shape[1] != vectors.shape[1]:
             raise ValueError(
-                f"negative_image_vectors have {negative.shape[1]} vectors per picture and image_vectors "
+                f"negative_image_vectors have {encoded.shape[1]} vectors per picture and image_vectors "
                 f"{vectors.shape[1]}; expected the same number."
             )
-        return negative.repeat_interleave(len(vectors) // len(negative), dim=0)
+        return encoded.repeat_interleave(len(vectors) // len(encoded), dim=0)
 
     def _denoise(
         self,
