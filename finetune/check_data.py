@@ -1,0 +1,197 @@
+"""Looks at training data before a run does: counts, sizes, lengths, a preview, and every bad record by its place.
+
+    python -m finetune.check_data --data photos captions.jsonl "{path: 'shards-{000..012}.tar', max_rows: 100}"
+    python -m finetune.check_data --data data.yaml --checkpoint pisces-tiny --max_length 512 --sheet preview.png
+
+Every record is read and every picture decoded, as training would. Exit code 0: all records can be used; 1: some
+cannot, or no row is short enough; 2: nothing could be checked. What is counted is in `data_report`, what data may look
+like in `docs/data.md`.
+"""
+
+import argparse
+import json
+import sys
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+from transformers import AutoProcessor
+
+import modeling_pisces  # noqa: F401  # registers the processor
+from finetune.data_loaders import load_source
+from finetune.data_mixture import mix_rows
+from finetune.data_report import SourceReport, plural
+from finetune.data_schema import BadRecord, DataError
+from finetune.data_spec import DataSpec, parse_specs
+from finetune.packing import token_lengths
+from modeling_pisces.contact_sheet_pisces import make_contact_sheet
+
+
+EXIT_OK, EXIT_BAD_DATA, EXIT_USAGE = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in the same one line as every other error."""
+
+    def error(self, message: str):
+        self.exit(EXIT_USAGE, f"check_data: error: {message} (see --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m finetune.check_data", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="SPEC",
+        help='file, folder, hf:owner/name, YAML file, or keys in braces: "{path: photos, side: both}"',
+    )
+    parser.add_argument("--checkpoint", help="folder or Hub id whose processor counts tokens; none: no lengths")
+    parser.add_argument(
+        "--max_length", type=int, help="tokens; longer rows are listed (default: what the tokenizer takes)"
+    )
+    parser.add_argument("--limit", type=int, help="records to read of each source (default: all)")
+    parser.add_argument("--sheet", metavar="FILE", help="write sample pictures with their words as one PNG")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def open_source(spec: DataSpec) -> tuple[Any, list[BadRecord]]:
+    """The source, however many of its records are bad; None and the records if all of them are.
+
+    Raises:
+        DataError: the source itself cannot be read.
+    """
+    try:
+        return load_source(replace(spec, max_bad_records=1.0)), []
+    except DataError as error:
+        if not error.bad_records:
+            raise
+        return None, error.bad_records
+
+
+def check_source(
+    spec: DataSpec,
+    source: Any,
+    processor: Any = None,
+    max_length: int | None = None,
+    limit: int | None = None,
+    previews: bool = False,
+) -> SourceReport:
+    """Read one source from begin to end.
+
+    Args:
+        spec: names the source.
+        source: from `open_source`.
+        processor: counts tokens; None leaves lengths out.
+        max_length: rows with more tokens are reported as too long.
+        limit: records to read; None for all.
+        previews: keep sample pictures.
+    """
+    report = SourceReport(spec.label, max_length=max_length)
+    records = tqdm(source.iter_checked(), desc=spec.label, unit=" records", delay=2, leave=False, disable=None)
+    rows = report.read(records, limit, previews)
+    if processor is None:
+        deque(rows, maxlen=0)
+    else:
+        report.lengths = token_lengths(rows, processor)
+    return report
+
+
+def load_processor(checkpoint: str) -> Any:
+    """The processor of a checkpoint.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    try:
+        return AutoProcessor.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--checkpoint {checkpoint}: no processor ({' '.join(str(error).split())[:200]})") from error
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check what the arguments name, print it, and return the exit code."""
+    for name in ("limit", "max_length"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise DataError(f"--{name} {value}: expected at least 1.")
+    specs = parse_specs(args.data)
+    processor = load_processor(args.checkpoint) if args.checkpoint else None
+    max_length = args.max_length or (processor.tokenizer.model_max_length if processor else None)
+    if args.max_length and processor is None:
+        raise DataError("--max_length needs --checkpoint, whose processor counts the tokens.")
+    opened = [open_source(spec) for spec in specs]
+    reports = [
+        check_source(spec, source, processor, max_length, args.limit, bool(args.sheet))
+        if source is not None
+        else SourceReport(spec.label, bad_records=bad_records)
+        for spec, (source, bad_records) in zip(specs, opened, strict=True)
+    ]
+    if args.sheet:
+        write_sheet(reports, args.sheet)
+    print_reports(reports, mixture_shares(specs, [source for source, _ in opened]), args.json)
+    return judge(reports)
+
+
+def mixture_shares(specs: list[DataSpec], sources: list[Any]) -> dict[str, dict[str, Any]]:
+    """What share of the rows each of several sources gets; empty for one source, or if one cannot be used."""
+    if len(sources) < 2 or None in sources:
+        return {}
+    return mix_rows(sources, [spec.weight for spec in specs]).shares()
+
+
+def write_sheet(reports: list[SourceReport], path: str) -> None:
+    """Write the previews of all sources as one picture.
+
+    Raises:
+        DataError: there is nothing to show, or the file cannot be written.
+    """
+    try:
+        make_contact_sheet([section for report in reports for section in report.sections()]).save(path)
+    except (ValueError, OSError) as error:
+        raise DataError(f"--sheet {path}: {error}") from error
+
+
+def print_reports(reports: list[SourceReport], shares: dict[str, dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        numbers = {"sources": [report.as_dict() for report in reports], "mixture": shares}
+        print(json.dumps(numbers, indent=1, ensure_ascii=False))
+        return
+    print("\n\n".join(report.as_text() for report in reports))
+    if shares:
+        print("\nmixture")
+        for name, numbers in shares.items():
+            rounds = f", {numbers['rows_per_epoch']} rows per epoch" if "rows_per_epoch" in numbers else ""
+            print(f"  {numbers['share']:6.1%}  {name}{rounds}")
+
+
+def judge(reports: list[SourceReport]) -> int:
+    """The exit code, with the reason on stderr."""
+    num_bad = sum(len(report.bad_records) for report in reports)
+    if num_bad:
+        print(f"check_data: {plural(num_bad, 'bad record')}", file=sys.stderr)
+        return EXIT_BAD_DATA
+    for report in reports:
+        if report.lengths and len(report.too_long) == report.num_rows:
+            print(
+                f"check_data: error: {report.name}: all {report.num_rows} rows have more than {report.max_length} "
+                f"tokens (the shortest {min(report.lengths)}). Raise --max_length or shorten them.",
+                file=sys.stderr,
+            )
+            return EXIT_BAD_DATA
+    return EXIT_OK
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        return check(args)
+    except (ValueError, OSError) as error:
+        print(f"check_data: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
