@@ -12,7 +12,7 @@ from transformers.generation import CompileConfig
 from transformers.masking_utils import create_masks_for_generate
 
 
-IMAGE_INPUTS = ("pixel_values", "gen_pixel_values", "gen_image_vectors")
+IMAGE_INPUTS = ("pixel_values", "image_features", "gen_pixel_values", "gen_image_vectors")
 
 
 def _contiguous(mask):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_pisces import PiscesConfig, num_patches
@@ -20,18 +20,13 @@ from .generation_pisces import PiscesGenerationMixin
 from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
 from .modeling_pisces_heads import PiscesFlowBlock, PiscesProjector, build_gen_head
 from .outputs_pisces import PiscesCausalLMOutputWithPast, PiscesModelOutputWithPast
-from .placeholders_pisces import check_placeholder_runs, placeholder_mask
+from .placeholders_pisces import check_packed_inputs, check_placeholder_runs, find_sample_starts, placeholder_mask
 
 
-# Full names: quantizers match a pattern from the start of the name, so "vision_tower" alone would protect nothing.
-PISCES_QUANT_SKIP_MODULES = [
-    "lm_head",
-    "model.vision_tower",
-    "model.multi_modal_projector",
-    "model.gen_vision_tower",
-    "model.gen_projector",
-    "model.gen_head",
-]
+# Quantizers match a name from its start, so "vision_tower" alone would protect nothing of the whole model; the names
+# without "model." protect the backbone, which `AutoModel` loads from the same config.json.
+_NOT_QUANTIZED = ("vision_tower", "multi_modal_projector", "gen_vision_tower", "gen_projector", "gen_head")
+PISCES_QUANT_SKIP_MODULES = ["lm_head", *(f"model.{name}" for name in _NOT_QUANTIZED), *_NOT_QUANTIZED]
 
 
 class PiscesPreTrainedModel(PreTrainedModel):
@@ -100,6 +95,31 @@ class PiscesModel(PiscesPreTrainedModel):
         Raises:
             ValueError: the images do not have the tower's size.
         """
+        outputs, features = self._run_vision_tower(pixel_values, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.multi_modal_projector(features),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode images for understanding up to the projector: what `forward` takes as `image_features`.
+
+        Args:
+            pixel_values: (I, 3, H, W), as the processor's `image_processor` makes them.
+
+        Returns:
+            (I, N, C), C the tower's width (times the number of its layers in use), detached: for a frozen tower.
+
+        Raises:
+            ValueError: the images do not have the tower's size.
+        """
+        return self._run_vision_tower(pixel_values)[1]
+
+    def _run_vision_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
+        """The tower's output, and from it the (I, N, C) that the projector takes."""
         _check_size(pixel_values, self.config.vision_config, "pixel_values", "images")
         layers = self.config.vision_feature_layer
         # a frozen tower must not build a graph even when checkpointing hooks ask its inputs for gradients
@@ -110,17 +130,13 @@ class PiscesModel(PiscesPreTrainedModel):
             outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         if layers is None:
             features = outputs.last_hidden_state
+        elif isinstance(layers, int):  # not through cat: it moves memory, and half-precision sums then round otherwise
+            features = outputs.hidden_states[layers]
         else:
-            layers = [layers] if isinstance(layers, int) else layers
             features = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
         if self.config.vision_feature_select_strategy == "default":  # patches only, whatever stands in front of them
             features = features[:, -num_patches(self.config.vision_config) :]
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.multi_modal_projector(features),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return outputs, features
 
     @torch.no_grad()
     def encode_gen_images(self, gen_pixel_values: torch.Tensor) -> torch.Tensor:
@@ -176,9 +192,17 @@ class PiscesModel(PiscesPreTrainedModel):
         gen_pixel_values: torch.Tensor | None = None,
         gen_image_vectors: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        image_features: torch.Tensor | None = None,
+        sample_starts: torch.BoolTensor | None = None,
         **vision_kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """Put every vector where its placeholder is.
+
+        Args:
+            image_features: (I, N, C), before the projector.
+            sample_starts: (B, T) of `find_sample_starts`; each sample's placeholders are counted by themselves.
+
+        The others are those of `forward`.
 
         Returns:
             inputs_embeds (B, T, D), image features (I, N, D) or None, clean generated vectors (J, M, Dg) or None,
@@ -190,8 +214,9 @@ class PiscesModel(PiscesPreTrainedModel):
         embed = self.get_input_embeddings()
         if inputs_embeds is None:
             inputs_embeds = embed(input_ids)
-        image_features = None
-        if mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
+        if image_features is not None:
+            image_features = self.multi_modal_projector(image_features)
+        elif mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
             image_features = _stack(mm_encoder_outputs["image"].pooler_output)
         elif pixel_values is not None:
             image_features = self.get_image_features(pixel_values, return_dict=True, **vision_kwargs).pooler_output
@@ -204,8 +229,9 @@ class PiscesModel(PiscesPreTrainedModel):
 
         mask = placeholder_mask(input_ids, inputs_embeds, embed, self.config.image_token_id)
         gen_mask = placeholder_mask(input_ids, inputs_embeds, embed, self.config.gen_image_token_id)
-        check_placeholder_runs(mask, image_features, self.config.num_image_tokens, "image")
-        check_placeholder_runs(gen_mask, gen_features, self.config.num_gen_image_tokens, "generated image")
+        num_gen = self.config.num_gen_image_tokens
+        check_placeholder_runs(mask, image_features, self.config.num_image_tokens, "image", sample_starts)
+        check_placeholder_runs(gen_mask, gen_features, num_gen, "generated image", sample_starts)
         if image_features is not None:
             inputs_embeds = _scatter(inputs_embeds, mask, image_features)
         if gen_features is not None:
@@ -265,6 +291,7 @@ class PiscesModel(PiscesPreTrainedModel):
         gen_pixel_values: torch.Tensor | None = None,
         gen_image_vectors: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> PiscesModelOutputWithPast:
         """Run images and text through the language model.
@@ -273,10 +300,13 @@ class PiscesModel(PiscesPreTrainedModel):
             input_ids: (B, T) with `image_token_id` and `gen_image_token_id` placeholders, one per vector.
             pixel_values: (I, 3, H, W) images to understand, in the order of their placeholders.
             attention_mask: (B, T), 1 for real tokens.
+            position_ids: (B, T). Positions that restart inside a row mark several samples in it, which then do not see
+                each other; such rows take no `attention_mask` and no cache.
             inputs_embeds: (B, T, D) instead of `input_ids`.
             gen_pixel_values: (J, 3, H, W) images that were or shall be drawn, in the order of their placeholders.
             gen_image_vectors: (J, M, Dg) instead of `gen_pixel_values`, already encoded or drawn.
             mm_encoder_outputs: {"image": output of `get_image_features`} instead of `pixel_values`.
+            image_features: (I, N, C) of `encode_images` instead of `pixel_values`; the projector still runs.
 
         Returns:
             `PiscesModelOutputWithPast`, `last_hidden_state` (B, T, D) after the final norm.
@@ -286,12 +316,28 @@ class PiscesModel(PiscesPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
-        if pixel_values is not None and mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs['image']; drop one of them.")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        ways = {"pixel_values": pixel_values, "mm_encoder_outputs['image']": encoded, "image_features": image_features}
+        if len(given := [name for name, value in ways.items() if value is not None]) > 1:
+            raise ValueError(f"You cannot specify both {' and '.join(given)}; drop one of them.")
         if gen_pixel_values is not None and gen_image_vectors is not None:
             raise ValueError("You cannot specify both gen_pixel_values and gen_image_vectors; drop one of them.")
+        starts = None if past_key_values is not None else find_sample_starts(position_ids, attention_mask)
+        if starts is not None:
+            check_packed_inputs(starts, attention_mask, kwargs.get("use_cache"))
+        is_packed = starts is not None and attention_mask is None
+        if kwargs.get("use_cache") is None and past_key_values is None and (is_packed or self.training):
+            # the default of most language models is a new cache: it would copy all keys and let samples see each other
+            kwargs["use_cache"] = False
         inputs_embeds, image_features, gen_image_vectors, gen_mask = self.merge_inputs(
-            input_ids, inputs_embeds, pixel_values, gen_pixel_values, gen_image_vectors, mm_encoder_outputs
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            gen_pixel_values,
+            gen_image_vectors,
+            mm_encoder_outputs,
+            image_features=image_features,
+            sample_starts=starts,
         )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -376,6 +422,10 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         """See `PiscesModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """See `PiscesModel.encode_images`."""
+        return self.model.encode_images(pixel_values)
+
     def encode_gen_images(self, gen_pixel_values: torch.Tensor) -> torch.Tensor:
         """See `PiscesModel.encode_gen_images`."""
         return self.model.encode_gen_images(gen_pixel_values)
@@ -396,6 +446,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         mm_encoder_outputs: dict | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> PiscesCausalLMOutputWithPast:
         """Run the backbone, and with `labels` compute both losses.
@@ -421,6 +472,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
             gen_pixel_values=gen_pixel_values,
             gen_image_vectors=gen_image_vectors,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_features=image_features,
             return_dict=True,
             **kwargs,
         )
@@ -473,11 +525,14 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
             return {"image_loss": None, "image_loss_sum": None, "num_image_vectors": count}
         is_predicted = nn.functional.pad(predicts, (1, 0))[mask]  # (J * M,); nothing stands before the first position
         wanted = vectors.flatten(0, 1).to(hidden.device)[is_predicted].float()  # (labelled vectors, Dg), clean
-        total = self.gen_head_loss(hidden[:, :-1][predicts], wanted).sum()
+        per_vector = self.gen_head_loss(hidden[:, :-1][predicts], wanted)
+        total = per_vector.sum()
         return {
             "image_loss": total / count,
             "image_loss_sum": total,
+            "image_loss_per_vector": per_vector,
             "num_image_vectors": count,
+            "image_target_mean": wanted.mean(0),
             "image_target_variance": (wanted - wanted.mean(0)).square().mean(),
         }
 

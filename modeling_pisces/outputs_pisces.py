@@ -36,9 +36,11 @@ class PiscesCausalLMOutputWithPast(ModelOutput):
         num_text_tokens: number of labelled text tokens.
         image_loss_sum: sum over labelled vectors of their mean squared error.
         num_image_vectors: number of labelled vectors.
+        image_target_mean: (Dg,) mean of the labelled vectors; with it the variances of several batches add up.
         image_target_variance: variance of the labelled vectors about their per-channel mean; what predicting that mean
             would score, so that R^2 = 1 - image_loss / image_target_variance for a regression head.
         logits: (B, T, vocabulary), or None where `skip_logits` left them out.
+        image_loss_per_vector: (labelled vectors,) what `image_loss_sum` is the sum of, in reading order.
     """
 
     loss: torch.FloatTensor | None = None
@@ -48,12 +50,14 @@ class PiscesCausalLMOutputWithPast(ModelOutput):
     num_text_tokens: torch.LongTensor | None = None
     image_loss_sum: torch.FloatTensor | None = None
     num_image_vectors: torch.LongTensor | None = None
+    image_target_mean: torch.FloatTensor | None = None
     image_target_variance: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor] | None = None
     attentions: tuple[torch.FloatTensor] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    image_loss_per_vector: torch.FloatTensor | None = None
 
 
 @dataclass
