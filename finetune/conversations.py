@@ -64,7 +64,7 @@ class StageConversations(Dataset):
             raise ValueError(f"stage {stage!r} is not known. Choose one of {', '.join(STAGES)}.")
         if not pattern or set(pattern) - {"u", "g", "d"}:
             raise ValueError(
-                f"pattern {pattern!r}: expected letters u (understanding), g (generation) and d (discussion), e.g. 'ug'."
+                f"pattern {pattern!r}: expected letters u (understanding), g (generation), d (discussion), e.g. 'ug'."
             )
         self.folder = Path(data)
         self.rows = read_rows(self.folder)
