@@ -5,6 +5,7 @@ frozen; the language model, both projectors and the generation head are trained.
 The loss is the model's own: one block of understanding rows and one of drawing rows per optimizer step.
 """
 
+import copy
 import hashlib
 import shutil
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import modeling_pisces  # noqa: F401  registers the Auto classes
 from finetune.conversations import PiscesDataCollator, StageConversations, read_rows
 from finetune.trainer import CurveCallback, RunArguments, WeightAverage, write_results
-from modeling_pisces import load_image
+from modeling_pisces import PiscesForConditionalGeneration, load_image
 
 
 @dataclass
@@ -39,6 +40,9 @@ class StageArguments(RunArguments):
     )
     input_noise: float = field(default=0.1, metadata={"help": "gen_input_noise: noise on teacher-forced vectors"})
     bf16: bool = field(default=False, metadata={"help": "autocast to bfloat16; weights stay fp32"})
+    new_head: str | None = field(
+        default=None, metadata={"help": "put a fresh head of this type (mlp, linear, flow) there and train it alone"}
+    )
     num_workers: int = field(default=0, metadata={"help": "processes that prepare batches"})
 
 
@@ -112,6 +116,16 @@ def freeze_towers(model) -> None:
     model.model.gen_vision_tower.requires_grad_(False)
 
 
+def replace_head(model, head_type: str) -> None:
+    """Give the model a fresh generation head of another type and freeze everything else."""
+    config = copy.deepcopy(model.config)
+    config.gen_head_type = head_type
+    model.model.gen_head = PiscesForConditionalGeneration(config).model.gen_head
+    model.config.gen_head_type = head_type
+    model.requires_grad_(False)
+    model.model.gen_head.requires_grad_(True)
+
+
 def training_arguments(run: StageArguments) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(Path(run.output) / "checkpoints"),
@@ -143,6 +157,9 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
     processor = AutoProcessor.from_pretrained(run.checkpoint)
     model = AutoModelForMultimodalLM.from_pretrained(run.checkpoint, dtype=torch.float32)
     freeze_towers(model)
+    if run.new_head is not None:
+        torch.manual_seed(run.seed)
+        replace_head(model, run.new_head)
     model.config.gen_input_noise = run.input_noise
     rows = StageConversations(
         run.data,

@@ -143,7 +143,7 @@ def test_a_picture_cache_changes_no_loss_and_opens_no_picture(pack_to, run, star
 
 
 def test_an_empty_picture_cache_says_how_to_fill_it(run, tmp_path):
-    with pytest.raises(ValueError, match="holds no [a-z_]+. Write them with.*finetune.precompute"):
+    with pytest.raises(ValueError, match=r"holds no [a-z_]+\. Write them with.*finetune.precompute"):
         run("joint", "udte", "--picture_cache", str(tmp_path / "cache"))
 
 

@@ -141,6 +141,15 @@ def test_a_stage_lowers_both_losses_and_leaves_the_towers_alone(data, start, tmp
     assert AutoModelForMultimodalLM.from_pretrained(tmp_path / "out").config.gen_input_noise == 0.0
 
 
+def test_a_new_head_is_trained_alone(data, start, tmp_path):
+    train_stage(run_arguments(start, data, tmp_path / "out", pattern="g", new_head="mlp"))
+    before, after = load_file(start / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    kept = {name for name in before if "gen_head" not in name}
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert not any("gen_head.blocks" in name for name in after)  # the flow head's
+    assert AutoModelForMultimodalLM.from_pretrained(tmp_path / "out").config.gen_head_type == "mlp"
+
+
 def test_a_resumed_stage_ends_with_the_same_weights(data, start, tmp_path):
     whole = run_arguments(start, data, tmp_path / "whole", schedule="constant_with_warmup")
     train_stage(whole)
