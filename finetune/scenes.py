@@ -137,15 +137,15 @@ def make_row(
     return row, render_scene(scene, size)
 
 
-def write_silhouettes(folder: Path) -> None:
-    """Write `shapes.png` and `shapes.json`: what a scorer must know about this world, as data."""
-    sheet = Image.new("L", (SILHOUETTE_SIDE * SUPERSAMPLING * len(SHAPES), SILHOUETTE_SIDE * SUPERSAMPLING), 0)
+def write_silhouettes(folder: Path, shapes: tuple[str, ...] = SHAPES, colors: dict = COLORS) -> None:
+    """Write `shapes.png` and `shapes.json`: what a scorer must know about a world of these shapes and colours."""
+    sheet = Image.new("L", (SILHOUETTE_SIDE * SUPERSAMPLING * len(shapes), SILHOUETTE_SIDE * SUPERSAMPLING), 0)
     draw, side = ImageDraw.Draw(sheet), SILHOUETTE_SIDE * SUPERSAMPLING
-    for index, shape in enumerate(SHAPES):
+    for index, shape in enumerate(shapes):
         middle = side / 2 - 0.5
         draw_shape(draw, shape, index * side + middle, middle, SILHOUETTE_RADIUS * SUPERSAMPLING, 255)
     sheet.reduce(SUPERSAMPLING).save(folder / "shapes.png")
-    words = {"shapes": SHAPES, "side": SILHOUETTE_SIDE, "radius": SILHOUETTE_RADIUS, "colors": COLORS}
+    words = {"shapes": shapes, "side": SILHOUETTE_SIDE, "radius": SILHOUETTE_RADIUS, "colors": colors}
     words |= {"backgrounds": BACKGROUNDS, "lattice": LATTICE, "sizes": SIZES}
     (folder / "shapes.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
 
