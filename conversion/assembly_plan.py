@@ -1,0 +1,93 @@
+"""Turns matched parts into the list of tensors that an assembled checkpoint holds.
+
+`assemble` calls `plan_tensors` once everything is opened; nothing is written here. Copied bytes come from
+`part_keys.py`, new values from `new_tensors.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from conversion.assembly_config import AssembleArguments
+from conversion.new_tensors import new_module_tensors, new_rows
+from conversion.part_keys import LM_HEAD, expected_tensors, match_language_model, match_tower
+from conversion.parts import Part
+from conversion.streaming import DTYPES, PlannedTensor, SourceTensor
+from conversion.vocabulary import Vocabulary
+from modeling_pisces import PiscesConfig
+
+
+DTYPE_FLAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+FLOATING = ("F64", "F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class AssemblyPlan:
+    """What to write: the tensors in order, and key -> how it was initialised for those that are new or grew."""
+
+    tensors: list[PlannedTensor]
+    new_tensors: dict[str, str]
+
+
+def plan_tensors(
+    run: AssembleArguments, parts: Mapping[str, Part], vocabulary: Vocabulary, config: PiscesConfig
+) -> AssemblyPlan:
+    """Plan every tensor of the checkpoint, and set the config's dtype to theirs.
+
+    Raises:
+        ValueError: a key is missing, extra or misshapen, or the parts differ in dtype and none was asked for.
+    """
+    expected = expected_tensors(config)
+    language_model = parts["language_model"]
+    matched = match_language_model(language_model, expected)
+    part_of = dict.fromkeys(matched, language_model)
+    for role in ("vision_tower", "gen_vision_tower"):
+        if role in parts:
+            tower = match_tower(parts[role], expected)
+            matched |= tower
+            part_of |= dict.fromkeys(tower, parts[role])
+    dtype = DTYPE_FLAGS[run.dtype] if run.dtype else _common_dtype(matched, part_of)
+    configs: list[Any] = [config, config.text_config, config.vision_config, config.gen_vision_config]
+    for part_config in configs:
+        if part_config is not None:
+            part_config.dtype = DTYPES[dtype]
+    modules, how = new_module_tensors(config, run.seed)
+    new_tensors = dict.fromkeys(modules, how)
+
+    tensors = []
+    for key in expected.shapes:
+        if key in modules:
+            tensors.append(PlannedTensor(key, tensor=modules[key], part=key.split(".")[1], dtype=dtype))
+            continue
+        source, role = matched[key], part_of[key].role
+        stored = dtype if source.dtype in FLOATING else source.dtype
+        num_new = vocabulary.num_rows - vocabulary.num_trained if key in (expected.embedding, LM_HEAD) else 0
+        if num_new:
+            seed = run.seed + (key == LM_HEAD)  # embedding and head get noise of their own
+            rows, new_tensors[key] = new_rows(source, vocabulary.num_trained, num_new, seed)
+            tensors.append(PlannedTensor(key, source.rows(0, vocabulary.num_trained), rows, role, stored))
+        else:
+            tensors.append(PlannedTensor(key, source, part=role, dtype=stored))
+    return AssemblyPlan(tensors, new_tensors)
+
+
+def _common_dtype(matched: Mapping[str, SourceTensor], part_of: Mapping[str, Part]) -> str:
+    """The one floating dtype of everything that is copied: a mix would be cast without a word when it is loaded."""
+    first: dict[str, str] = {}
+    for key, source in matched.items():
+        if source.dtype in FLOATING:
+            part = part_of[key]
+            first.setdefault(source.dtype, f"{part.role} {part.name} has {source.dtype} ({source.name})")
+    if len(first) > 1:
+        raise ValueError(
+            f"dtype mix: {'; '.join(first.values())}; expected one dtype. Pass --dtype "
+            f"({', '.join(DTYPE_FLAGS)}) to convert on the way."
+        )
+    if not (dtype := next(iter(first), None)) or dtype not in DTYPE_FLAGS.values():
+        raise ValueError(
+            f"dtype {dtype}: expected one of {', '.join(DTYPE_FLAGS)}. Pass --dtype to convert on the way."
+        )
+    return dtype
+
+
+__all__ = ["DTYPE_FLAGS", "AssemblyPlan", "plan_tensors"]

@@ -1,0 +1,42 @@
+"""What the commands of this room have in common: shared flags, one line for an error, exit code 1.
+
+Every `python -m conversion.<name>` builds its parser with `make_parser` and ends in `run_command(main)`. What a
+command does stays in its own module.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from modeling_pisces.model_loading_pisces import quiet_libraries
+
+
+def make_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the flags of every command that writes a folder: --output, --overwrite, --max_shard_size."""
+    parser = argparse.ArgumentParser(prog=f"python -m conversion.{name}", description=description)
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write; must not exist yet")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
+    parser.add_argument(
+        "--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file, such as 500MB (default: 5GB)"
+    )
+    return parser
+
+
+def run_command(main: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> None:
+    """Run `main(arguments)` and leave the process: 0 when it returned, 1 after one line about what went wrong.
+
+    A ValueError or an OSError is about what the user gave or about the disk; anything else is a bug and keeps its
+    traceback.
+    """
+    try:
+        with quiet_libraries():
+            main(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written under the output's name", file=sys.stderr)
+        sys.exit(1)
+
+
+__all__ = ["make_parser", "run_command"]

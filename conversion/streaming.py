@@ -1,0 +1,370 @@
+"""Reads and writes safetensors files as byte ranges, so that no checkpoint is ever held in memory as a whole.
+
+Every command of this room goes through it: `index_tensors` says where each tensor of a folder lies, a plan of
+`PlannedTensor` says what the new folder shall hold, and `write_shards` streams the bytes into a folder of `new_folder`
+(of `output_folder.py`, offered here as well). What the tensors mean is left to the callers.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import cycle
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from tqdm import tqdm
+
+from conversion.output_folder import check_output, new_folder
+from modeling_pisces.checkpoint_files_pisces import read_json, read_safetensors_header, weight_files
+
+
+# safetensors' names; alignment and order inside a file follow from the item size
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# 8 MiB: on the development machine 1, 8 and 64 MiB copy equally fast; two buffers of it are the memory of a copy
+CHUNK_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """Where one tensor lies: bytes `start` to `end` of a safetensors file, C-contiguous, little-endian."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def load(self) -> torch.Tensor:
+        """Read this tensor alone into memory."""
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            data = bytearray(file.read(self.end - self.start))
+        return _as_tensor(data, DTYPES[self.dtype]).reshape(self.shape)
+
+    def rows(self, first: int, last: int) -> "SourceTensor":
+        """The part [first:last] of the first dimension, still without reading it; fused weights are split this way.
+
+        Raises:
+            ValueError: the range lies outside of the tensor.
+        """
+        if not self.shape or not 0 <= first < last <= self.shape[0]:
+            raise ValueError(f"{self.name}: rows {first} to {last} of a tensor of shape {self.shape} do not exist.")
+        size = (self.end - self.start) // self.shape[0]
+        start = self.start + first * size
+        return replace(self, shape=(last - first, *self.shape[1:]), start=start, end=self.start + last * size)
+
+    def reshaped(self, *shape: int) -> "SourceTensor":
+        """The same bytes under another shape of as many elements.
+
+        Raises:
+            ValueError: the number of elements differs.
+        """
+        if prod(shape) != prod(self.shape):
+            raise ValueError(f"{self.name}: shape {self.shape} cannot become {shape}; the sizes differ.")
+        return replace(self, shape=shape)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the folder to write.
+
+    Args:
+        name: its key in the new folder.
+        source: bytes to copy from a part.
+        tensor: a new tensor; with `source`, new rows that follow the source's own.
+        part: which part of the model it belongs to; ends up in the records.
+        dtype: safetensors' name of the dtype to store; None keeps the source's (or the tensor's) own.
+
+    Raises:
+        ValueError: neither source nor tensor, rows that do not fit the source, or a dtype that safetensors lacks.
+    """
+
+    name: str
+    source: SourceTensor | None = None
+    tensor: torch.Tensor | None = None
+    part: str = "language_model"
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if self.source is None and self.tensor is None:
+            raise ValueError(f"{self.name}: neither a source nor a tensor is planned for it.")
+        if self.stored_dtype not in DTYPES:
+            raise ValueError(f"{self.name}: dtype {self.stored_dtype} is not one of {', '.join(DTYPES)}.")
+        if self.source is not None and self.tensor is not None and self.tensor.shape[1:] != self.source.shape[1:]:
+            raise ValueError(
+                f"{self.name}: new rows of shape {tuple(self.tensor.shape)} do not continue {self.source.shape}."
+            )
+
+    @property
+    def stored_dtype(self) -> str:
+        if self.source is not None:
+            return self.dtype or self.source.dtype
+        assert self.tensor is not None, "checked when it was planned"
+        return self.dtype or DTYPE_NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.source is None:
+            assert self.tensor is not None, "checked when it was planned"
+            return tuple(self.tensor.shape)
+        num_new = 0 if self.tensor is None else self.tensor.shape[0]
+        return (self.source.shape[0] + num_new, *self.source.shape[1:]) if num_new else self.source.shape
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.stored_dtype].itemsize
+
+
+def index_tensors(folder: str | os.PathLike, stem: str = "model") -> dict[str, SourceTensor]:
+    """Say where every tensor of a folder lies; only headers are read.
+
+    Args:
+        folder: holds `{stem}.safetensors`, or shards and `{stem}.safetensors.index.json`.
+
+    Returns:
+        name -> place, sorted by name.
+
+    Raises:
+        ValueError: a file is missing, broken or cut off; two shards hold the same name; index and shards disagree.
+    """
+    folder = Path(folder)
+    found: dict[str, SourceTensor] = {}
+    for path in weight_files(folder, stem):
+        for tensor in _read_places(path):
+            if tensor.name in found:
+                raise ValueError(f"{path}: {tensor.name} is also in {found[tensor.name].file.name}. Save it again.")
+            found[tensor.name] = tensor
+    index_path = folder / f"{stem}.safetensors.index.json"
+    if index_path.exists():
+        _check_index(index_path, found)
+    return dict(sorted(found.items()))
+
+
+def _read_places(path: Path) -> Iterator[SourceTensor]:
+    read_safetensors_header(path)  # refuses what is no safetensors file, or not a whole one
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_size))
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = (8 + header_size + offset for offset in entry["data_offsets"])
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if dtype not in DTYPES or end - start != prod(shape) * DTYPES[dtype].itemsize:
+            raise ValueError(
+                f"{path}: {name} is {dtype} {shape} in {end - start} bytes; that cannot be. Save it again."
+            )
+        yield SourceTensor(path, name, dtype, shape, start, end)
+
+
+def _check_index(index_path: Path, found: dict[str, SourceTensor]) -> None:
+    weight_map = read_json(index_path).get("weight_map", {})
+    for name in sorted(weight_map.keys() | found.keys()):
+        listed, actual = weight_map.get(name), found[name].file.name if name in found else None
+        if listed != actual:
+            raise ValueError(
+                f"{index_path}: {name} is listed in {listed or 'no shard'}, found in {actual or 'no shard'}. "
+                "Download or save the checkpoint again."
+            )
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as "5GB", "500MB" or 4096; decimal units, as transformers counts them.
+
+    Raises:
+        ValueError: not such a size, or not positive.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    text = str(size).strip().upper()
+    number, unit = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
+    try:
+        num_bytes = int(float(number) * unit)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"size {size!r}: expected a number with KB, MB, GB or TB, such as 5GB.") from error
+    if num_bytes < 1:
+        raise ValueError(f"size {size!r}: expected at least one byte.")
+    return num_bytes
+
+
+def write_shards(
+    plan: Sequence[PlannedTensor],
+    output: str | os.PathLike,
+    max_shard_size: int | str = "5GB",
+    stem: str = "model",
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Write a plan as safetensors, streaming the bytes: memory is a few buffers, whatever the size of the model.
+
+    One shard is `{stem}.safetensors`; several are numbered and listed in `{stem}.safetensors.index.json`, which is
+    written last. The same plan gives the same bytes.
+
+    Args:
+        plan: tensors in the order in which they fill the shards.
+        output: an existing folder.
+        max_shard_size: bytes, or "5GB"; one tensor that is larger gets a shard of its own.
+
+    Returns:
+        one record per tensor, in the order of the plan: name, part, dtype, shape, source (its key in the part; None:
+        a new tensor), sha256 (of its stored bytes).
+
+    Raises:
+        ValueError: a name is planned twice, or the plan is empty.
+    """
+    output = Path(output)
+    names = [tensor.name for tensor in plan]
+    if not names or len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"{output}: {'no tensors are planned' if not names else f'{twice[0]} is planned twice'}.")
+    shards = _split(plan, parse_size(max_shard_size))
+    files = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [f"{stem}.safetensors"]
+    total_size = sum(tensor.num_bytes for tensor in plan)
+    hashes: dict[str, str] = {}
+    with tqdm(total=total_size, unit="B", unit_scale=True, desc=f"writing {stem}", disable=not progress) as bar:
+        for file, shard in zip(files, shards, strict=True):
+            hashes |= _write_file(shard, output / file, bar.update)
+    if len(shards) > 1:
+        weight_map = {tensor.name: file for file, shard in zip(files, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (output / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+    return [
+        {
+            "name": tensor.name,
+            "part": tensor.part,
+            "dtype": tensor.stored_dtype,
+            "shape": list(tensor.shape),
+            "source": tensor.source.name if tensor.source is not None else None,
+            "sha256": hashes[tensor.name],
+        }
+        for tensor in plan
+    ]
+
+
+def _split(plan: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
+    shards: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in plan:
+        if shards[-1] and size + tensor.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    return shards
+
+
+def _write_file(shard: list[PlannedTensor], path: Path, advance: Callable[[int], Any]) -> dict[str, str]:
+    # larger items first, so that every tensor is aligned: the order that the safetensors library itself writes
+    shard = sorted(shard, key=lambda tensor: (-DTYPES[tensor.stored_dtype].itemsize, tensor.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in shard:
+        offsets = [offset, offset + tensor.num_bytes]
+        header[tensor.name] = {"dtype": tensor.stored_dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        offset = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    hashes = {}
+    # hashed in a second thread: hashlib lets go of the interpreter, so it costs next to nothing beside the disk
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+        _write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
+        buffers = cycle((bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)))
+        for tensor in shard:
+            digest, pending = hashlib.sha256(), None
+            for chunk in _chunks(tensor, buffers):
+                if pending is not None:
+                    pending.result()  # the buffer of this chunk is the next to be read into
+                pending = hashing.submit(digest.update, chunk)
+                _write_all(file, chunk)
+                advance(len(chunk))
+            if pending is not None:
+                pending.result()
+            hashes[tensor.name] = digest.hexdigest()
+    return hashes
+
+
+def _chunks(tensor: PlannedTensor, buffers: Iterator[bytearray]) -> Iterator[memoryview]:
+    """The stored bytes of one tensor, piece by piece; a piece is valid until the second next one."""
+    dtype = DTYPES[tensor.stored_dtype]
+    if tensor.source is not None:
+        for chunk in _read_chunks(tensor.source, buffers):
+            if tensor.source.dtype != tensor.stored_dtype:
+                chunk = _as_bytes(_converted(tensor.name, _as_tensor(chunk, DTYPES[tensor.source.dtype]), dtype))
+            yield chunk
+    if tensor.tensor is not None:
+        data = _as_bytes(_converted(tensor.name, tensor.tensor.detach().cpu(), dtype))
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+
+def _converted(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    result = values.to(dtype)
+    # float16 ends at 65504, where bfloat16 and float32 go on
+    if dtype == torch.float16 and not torch.equal(result.isfinite(), values.isfinite()):
+        raise ValueError(
+            f"{name}: has values that F16 cannot hold, expected none beyond 65504. Use bfloat16 or float32."
+        )
+    return result
+
+
+def _read_chunks(source: SourceTensor, buffers: Iterator[bytearray]) -> Iterator[memoryview]:
+    left = source.end - source.start
+    with open(source.file, "rb", buffering=0) as file:
+        file.seek(source.start)
+        while left:
+            view = memoryview(next(buffers))[: min(left, CHUNK_BYTES)]
+            filled = 0
+            while filled < len(view):
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise ValueError(f"{source.file}: ended inside {source.name}. Did it change during the run?")
+                filled += count
+            left -= filled
+            yield view
+
+
+def _write_all(file: BinaryIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]
+
+
+def _as_tensor(data: bytearray | memoryview, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
+
+
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
+    # through uint8, because numpy has no bfloat16
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "PlannedTensor",
+    "SourceTensor",
+    "check_output",
+    "index_tensors",
+    "new_folder",
+    "parse_size",
+    "write_shards",
+]
