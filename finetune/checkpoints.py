@@ -22,7 +22,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # What Trainer writes before its state, which comes last; weights are looked at apart.
-RESUME_FILES = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+RESUME_FILES = ("scheduler.pt", "trainer_state.json")
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "latest")  # of one process or DDP, of FSDP, of DeepSpeed
 # Rust's writer, torch's zip writer and Python's own report a full disk each in their own way.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -53,6 +54,8 @@ def what_is_missing(checkpoint: Path) -> str | None:
                 pass
         except (OSError, SafetensorError) as error:
             return f"{path.name}: {error}"
+    if not any((checkpoint / name).is_file() for name in OPTIMIZER_FILES):
+        return f"no {OPTIMIZER_FILES[0]}"
     for name in RESUME_FILES:
         if not (checkpoint / name).is_file():
             return f"no {name}"

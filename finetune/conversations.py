@@ -20,9 +20,24 @@ from modeling_pisces import PiscesProcessor
 # What a picture is asked for in a caption turn; the same words that `finetune.scene_questions` uses for its questions.
 SHORT_REQUESTS = ("describe the picture.", "what is in the picture?", "what do you see?")
 DETAILED_REQUESTS = ("describe the picture in detail.", "describe everything in the picture.")
-STAGES = ("pretrain", "detail", "instruct")
+STAGES = ("pretrain", "detail", "instruct", "review")
 # Types that take longest to learn are asked more often; the others have weight 1.
-QUESTION_WEIGHTS = {"compare": 3.0, "where": 2.0, "color": 2.0, "background": 0.5, "size": 0.5}
+QUESTION_WEIGHTS = {
+    "instruct": {"compare": 3.0, "where": 2.0, "color": 2.0, "background": 0.5, "size": 0.5},
+    "review": {
+        "color": 3.0,
+        "compare": 3.0,
+        "relation": 3.0,
+        "where": 2.0,
+        "shape": 2.0,
+        "exist": 0.7,
+        "count": 0.7,
+        "size": 0.7,
+        "background": 0.3,
+        "describe": 0.4,
+        "describe_detail": 0.2,
+    },
+}
 WINDOW_BLOCKS = 16  # blocks whose rows are sorted by length together
 
 
@@ -36,13 +51,13 @@ class StageConversations(Dataset):
 
     Args:
         data: data folder with `scenes.jsonl` and its pictures.
-        stage: "pretrain" (short captions, both ways), "detail" (detailed captions, one in ten short) or "instruct"
-            (questions and free prompts).
+        stage: "pretrain" (short captions, both ways), "detail" (detailed captions, one in ten short), "instruct"
+            (questions and free prompts) or "review" (the same, with more of what is learned last).
         num_rows: rows of the run.
         batch_size: rows of one block.
         pattern: kinds of successive blocks, repeated: "u" understanding, "g" generation, "d" discussion, where the
             model draws and then answers questions about what it has drawn.
-        num_questions: questions about one picture in one conversation of the "instruct" stage.
+        num_questions: questions about one picture in one conversation of the last two stages.
         empty_caption_rate: share of drawing rows whose prompt is empty; the negative side of guidance.
         vectors: (pictures, M, Dg) encoded pictures, in the order of the folder, instead of their pixels.
         seed: seed of the order and of every choice.
@@ -110,8 +125,9 @@ class StageConversations(Dataset):
         return messages
 
     def _questions(self, row: dict, rng: random.Random) -> list[tuple[str, str]]:
-        if self.stage == "instruct":
-            chosen = _sample_questions(row["questions"], self.num_questions, rng)
+        if self.stage in QUESTION_WEIGHTS:
+            weights = QUESTION_WEIGHTS[self.stage]
+            chosen = _sample_questions(row["questions"], self.num_questions, weights, rng)
             return [(rng.choice([q["question"], q["paraphrase"]]), q["answer"]) for q in chosen]
         # one in ten stays short, so that the detailed stage does not unlearn the short answers
         answers = {q["type"]: q["answer"] for q in row["questions"]}
@@ -149,9 +165,9 @@ def text_turn(question: str, answer: str) -> list[dict]:
     ]
 
 
-def _sample_questions(questions: list[dict], number: int, rng: random.Random) -> list[dict]:
+def _sample_questions(questions: list[dict], number: int, weights: dict[str, float], rng: random.Random) -> list[dict]:
     """At most `number` different questions, each type with its weight (Efraimidis and Spirakis, 2006)."""
-    keys = [rng.random() ** (1 / QUESTION_WEIGHTS.get(question["type"], 1.0)) for question in questions]
+    keys = [rng.random() ** (1 / weights.get(question["type"], 1.0)) for question in questions]
     return [questions[i] for i in sorted(range(len(keys)), key=keys.__getitem__, reverse=True)[:number]]
 
 

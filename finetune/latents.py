@@ -1,8 +1,6 @@
-"""The autoencoder between pixels and the latents that the decoder's U-Net diffuses: its two losses and its whitening.
+"""The autoencoder between pixels and the latents that the decoder's U-Net diffuses: its losses and its whitening.
 
-`finetune.train_decoder` runs what is here. First the whole autoencoder learns; its latents are whitened and frozen.
-Then its decoding half alone learns to paint from latents that are a little off, as sampled ones always are; that
-leaves the latents as they were, so the U-Net may be trained before, after or meanwhile.
+`finetune.train_decoder` runs what is here: the autoencoder learns, then its latents are whitened and frozen.
 """
 
 # I pictures, h side of a latent
@@ -51,24 +49,6 @@ class VaeTraining(nn.Module):
         drawn = self.vae.decode(posterior.sample()).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         return {"loss": weighted_error(drawn, pixel_values, edges, self.edge_weight) + self.kl_weight * divergence}
-
-
-class LatentDecoderTraining(nn.Module):
-    """Pixels from frozen latents under noise of a random size, up to `latent_noise` standard deviations."""
-
-    def __init__(self, vae: AutoencoderKL, edge_weight: float, latent_noise: float):
-        super().__init__()
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-        self.vae = vae
-        self.edge_weight = edge_weight
-        self.latent_noise = latent_noise
-
-    def forward(self, latents: torch.Tensor, pictures: torch.Tensor, edges: torch.Tensor) -> dict[str, torch.Tensor]:
-        amount = self.latent_noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
-        noisy = (latents + amount * torch.randn_like(latents)) / self.vae.config.scaling_factor
-        drawn = self.vae.decode(noisy).sample
-        return {"loss": weighted_error(drawn, to_pixel_values(pictures), edges, self.edge_weight)}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,23 @@ class PiscesSFTTrainer(SFTTrainer):
         # transformers before 5.19 does not know `loss_is_scaled_for_ga`, and reads this instead
         self.model_accepts_loss_kwargs: bool = True
         train_in_full_precision(self.model)  # TRL has just cast the adapter of a quantized model to bf16
+        self._keep_sharded_sums_exact()
         self._window = self._new_totals()  # since the last log
         self._evaluation: LossTotals | None = None  # while an evaluation runs
         self._window_start, self._pause_s = time.perf_counter(), 0.0
 
     def _new_totals(self) -> LossTotals:
         return LossTotals(self.model.config, self.args.device)
+
+    def _keep_sharded_sums_exact(self) -> None:
+        """Under FSDP2 in bf16: leave what the model returns, and the sum of gradients over processes, in fp32.
+
+        accelerate's policy casts both to bf16: sums of losses and the vectors' moments would keep three digits.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if policy is not None and plugin.fsdp_version == 2:
+            plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
     # ---- the loss ----
 
@@ -114,18 +126,34 @@ class PiscesSFTTrainer(SFTTrainer):
         loss = outputs.text_loss_sum / counts[0]
         if outputs.image_loss_sum is not None:
             loss = loss + self.model.config.image_loss_weight * outputs.image_loss_sum / counts[1]
-        (self._evaluation or self._window).add(outputs, _count_tokens(inputs))
+        totals, num_rows = self._window, len(inputs["input_ids"])
+        if self._evaluation is not None:
+            totals, num_rows = self._evaluation, num_rows - self._num_repeated_rows(num_rows)
+        totals.add(outputs, _count_tokens(inputs, num_rows))
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the counts are everybody's, and gradients are averaged
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
+        if num_repeated := self._num_repeated_rows(len(inputs["input_ids"])):
+            inputs["labels"][-num_repeated:] = -100
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss, outputs.logits, inputs.get("labels")
+
+    def _num_repeated_rows(self, num_rows: int) -> int:
+        """Rows at the end of this process's batch that are there only to give every process a batch of one size.
+
+        accelerate fills the last round of all processes with rows from the start; `remainder` of the round are new.
+        """
+        loader = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+            return 0
+        new_here = loader.remainder - self.accelerator.process_index * num_rows
+        return num_rows - min(max(new_here, 0), num_rows)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -198,9 +226,10 @@ class PiscesSFTTrainer(SFTTrainer):
             write_card(self.args.output_dir, self.model, self.state.log_history)
 
 
-def _count_tokens(inputs: dict[str, torch.Tensor]) -> torch.Tensor | int:
+def _count_tokens(inputs: dict[str, torch.Tensor], num_rows: int) -> torch.Tensor | int:
+    """Tokens of the first `num_rows` rows."""
     mask = inputs.get("attention_mask")
-    return inputs["input_ids"].numel() if mask is None or mask.ndim != 2 else mask.sum()
+    return inputs["input_ids"][:num_rows].numel() if mask is None or mask.ndim != 2 else mask[:num_rows].sum()
 
 
 def peak_memory_gib() -> float:

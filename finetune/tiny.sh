@@ -49,9 +49,6 @@ decoder() {
         --gen_encoder "$work/gen_encoder" --vae "$work/decoder/vae" \
         --max_steps 10000 --batch_size 32 --learning_rate 1e-3 --warmup_steps 300 --ema_decay 0.999 --eval_steps 1000
     touch "$work/decoder/unet/.done"
-    step "autoencoder, painting half" "$work/vae_decoder/config.json" \
-        $python -m finetune.train_decoder --part vae_decoder $data --output "$work/vae_decoder" --vae "$work/decoder/vae" \
-        --max_steps 1500 --batch_size 32 --learning_rate 1e-3 --warmup_steps 50 --ema_decay 0.99 --eval_steps 500
 }
 
 language_model() {
@@ -67,6 +64,9 @@ language_model() {
     step "stage 3, instructions" "$work/stage3/results.json" \
         $python -m finetune.train_stages --stage instruct --checkpoint "$work/stage2" --output "$work/stage3" $stage \
         --pattern ugggd --max_steps 2000 --warmup_steps 50 --schedule cosine --ema_decay 0.995
+    step "review, more of what is learned last" "$work/review/results.json" \
+        $python -m finetune.train_stages --stage review --checkpoint "$work/stage3" --output "$work/review" $stage \
+        --pattern uuuug --num_questions 8 --max_steps 300 --warmup_steps 20 --schedule cosine --ema_decay 0.99
 }
 
 scenes scenes --num_scenes 60000 --seed 0 --split train
@@ -85,8 +85,7 @@ language_model
 wait $second
 
 step "finished folder" "$work/pisces-tiny/model_index.json" \
-    $python -m finetune.tiny finish --checkpoint "$work/stage3" --decoder "$work/decoder" --vae "$work/vae_decoder" \
-    --output "$work/pisces-tiny"
+    $python -m finetune.tiny finish --checkpoint "$work/review" --decoder "$work/decoder" --output "$work/pisces-tiny"
 for split in shown heldout; do
     step "score: $split" "$work/pisces-tiny-$split.json" \
         $python -m evaluation.scenes --model "$work/pisces-tiny" --data "$work/$split" --output "$work/pisces-tiny-$split.json"

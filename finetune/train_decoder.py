@@ -1,10 +1,9 @@
 """Stage 0, part 2: the diffusion decoder, which paints pixels from the frozen generation encoder's pooled vectors.
 
-`python -m finetune.train_decoder --part vae ...` trains the small autoencoder whose latents are diffused, `--part
-unet` the U-Net on latents and vectors computed once, and `--part vae_decoder` makes the painting half of the
-autoencoder forgive small errors in latents. The language model has no part in it (paper: the decoder is trained as an
-autoencoder of the generation encoder). Outputs named `vae` and `unet` in one folder, with the `scheduler` that the
-U-Net's run adds there, are a whole decoder for `PiscesPipeline`.
+`python -m finetune.train_decoder --part vae ...` trains the small autoencoder whose latents are diffused, and `--part
+unet` the U-Net on latents and vectors computed once. The language model has no part in it (paper: the decoder is
+trained as an autoencoder of the generation encoder). Outputs named `vae` and `unet` in one folder, with the `scheduler`
+that the U-Net's run adds there, are a whole decoder for `PiscesPipeline`.
 """
 
 # I pictures, M vectors per picture, Dg width of a vector, C channels and h side of a latent
@@ -19,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, set_seed
 
-from finetune.latents import LatentDecoderTraining, VaeTraining, build_vae, encode_latents, whiten_latents
+from finetune.latents import VaeTraining, build_vae, encode_latents, whiten_latents
 from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
 from finetune.train_gen_encoder import pooled_vectors
 from finetune.trainer import Metrics, RunArguments, run_evaluation, train, write_results
@@ -30,15 +29,14 @@ from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
 class DecoderArguments(RunArguments):
     """Flags of this recipe; the defaults are those of pisces-tiny."""
 
-    part: Literal["vae", "unet", "vae_decoder"] = field(default="vae", metadata={"help": "which part to train"})
+    part: Literal["vae", "unet"] = field(default="vae", metadata={"help": "which part to train"})
     gen_encoder: str | None = field(default=None, metadata={"help": "folder of the trained generation encoder (unet)"})
-    vae: str | None = field(default=None, metadata={"help": "folder of the autoencoder (unet, vae_decoder)"})
+    vae: str | None = field(default=None, metadata={"help": "folder of the autoencoder (unet)"})
     pool_stride: int = field(default=2, metadata={"help": "the model's gen_pool_stride (unet)"})
     vae_channels: list[int] = field(default_factory=lambda: [16, 32, 32], metadata={"help": "one width per level"})
     unet_channels: list[int] = field(default_factory=lambda: [64, 80], metadata={"help": "one width per level"})
-    edge_weight: float = field(default=4.0, metadata={"help": "extra weight of pixels at edges (vae, vae_decoder)"})
+    edge_weight: float = field(default=4.0, metadata={"help": "extra weight of pixels at edges (vae)"})
     kl_weight: float = field(default=1e-4, metadata={"help": "weight of the divergence from a unit Gaussian (vae)"})
-    latent_noise: float = field(default=0.3, metadata={"help": "largest noise on unit latents (vae_decoder)"})
     vector_noise: float = field(default=0.15, metadata={"help": "noise on vectors of unit standard deviation (unet)"})
     vector_dropout: float = field(default=0.1, metadata={"help": "share of pictures with all-zero vectors (unet)"})
     num_sampling_steps: int = field(default=20, metadata={"help": "DDIM steps of held-out samples (unet)"})
@@ -124,37 +122,28 @@ def picture_errors(drawn: torch.Tensor, pictures: torch.Tensor, sheet: Path | No
 
 
 def train_vae(run: DecoderArguments, data: PictureData, heldout: PictureData) -> Metrics:
-    """Train, whiten and save the autoencoder; or, for "vae_decoder", only the half that reads its frozen latents."""
+    """Train, whiten and save the autoencoder."""
     output = Path(run.output)
-    columns = {"pictures": data.pictures, "edges": edge_strength(data.pictures)}
-    if run.part == "vae":
-        vae = build_vae(run.vae_channels, data.pictures.shape[-1])
-        model = VaeTraining(vae, run.edge_weight, run.kl_weight)
-    else:
-        vae = _load_vae(run)
-        columns["latents"] = encode_latents(vae, data.pictures)
-        model = LatentDecoderTraining(vae, run.edge_weight, run.latent_noise)
+    vae = build_vae(run.vae_channels, data.pictures.shape[-1])
+    model = VaeTraining(vae, run.edge_weight, run.kl_weight)
 
     def measure() -> Metrics:
         latents = encode_latents(vae, heldout.pictures).to(vae.device) / vae.config.scaling_factor
-        noisy = latents + run.latent_noise / 2 * torch.randn(latents.shape).to(latents)
-        clean = torch.cat([vae.decode(batch).sample.cpu() for batch in latents.split(128)])
-        drawn = torch.cat([vae.decode(batch).sample.cpu() for batch in noisy.split(128)])
-        metrics = picture_errors(clean, heldout.pictures, output / "sheet.png")
-        return metrics | {"noisy_mse": picture_errors(drawn, heldout.pictures)["heldout_mse"]}
+        drawn = torch.cat([vae.decode(batch).sample.cpu() for batch in latents.split(128)])
+        return picture_errors(drawn, heldout.pictures, output / "sheet.png")
 
-    curve = train(model, TensorRows(**columns), run, measure)
-    if run.part == "vae":
-        whiten_latents(vae, data.pictures[:4096])  # enough for four channels of 256 places each
+    rows = TensorRows(pictures=data.pictures, edges=edge_strength(data.pictures))
+    curve = train(model, rows, run, measure)
+    whiten_latents(vae, data.pictures[:4096])  # enough for four channels of 256 places each
     metrics = run_evaluation(model, measure)
     vae.save_pretrained(output)
-    write_results(run, f"train_decoder {run.part}", curve, metrics)
+    write_results(run, "train_decoder vae", curve, metrics)
     return metrics
 
 
 def _load_vae(run: DecoderArguments) -> AutoencoderKL:
     if run.vae is None:
-        raise ValueError(f"--part {run.part} needs --vae, the folder that --part vae wrote.")
+        raise ValueError("--part unet needs --vae, the folder that --part vae wrote.")
     return AutoencoderKL.from_pretrained(run.vae).eval()
 
 

@@ -30,11 +30,11 @@ class StageArguments(RunArguments):
 
     data: str = field(kw_only=True, metadata={"help": "data folder written by `python -m finetune.scenes`"})
     checkpoint: str = field(default="", metadata={"help": "checkpoint folder to start from"})
-    stage: str = field(default="pretrain", metadata={"help": "pretrain, detail or instruct"})
+    stage: str = field(default="pretrain", metadata={"help": "pretrain, detail, instruct or review"})
     pattern: str = field(
         default="ug", metadata={"help": "blocks of one step: u understanding, g generation, d discussion of a drawing"}
     )
-    num_questions: int = field(default=6, metadata={"help": "questions per picture in the instruct stage"})
+    num_questions: int = field(default=6, metadata={"help": "questions per picture in the last two stages"})
     schedule: str = field(
         default="cosine", metadata={"help": "learning rate after the warm-up, by transformers' name"}
     )

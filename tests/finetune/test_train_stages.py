@@ -77,7 +77,9 @@ def test_a_discussion_draws_and_then_answers_about_the_drawing(data):
 
 def test_hard_questions_are_asked_more_often():
     questions = [{"type": "compare"}, {"type": "count"}]
-    picked = [_sample_questions(questions, 1, random.Random(seed))[0]["type"] for seed in range(2000)]
+    picked = [
+        _sample_questions(questions, 1, {"compare": 3.0}, random.Random(seed))[0]["type"] for seed in range(2000)
+    ]
     assert 0.71 < picked.count("compare") / 2000 < 0.79  # 3 of 4
 
 
