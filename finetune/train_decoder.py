@@ -2,7 +2,7 @@
 
 `python -m finetune.train_decoder --part vae ...` trains the small autoencoder whose latents are diffused, and `--part
 unet` the U-Net on latents and vectors computed once. The language model has no part in it (paper: the decoder is
-trained as an autoencoder of the generation encoder). Outputs named `vae` and `unet` in one folder, with the `scheduler`
+trained as an autoencoder of the generation encoder). `vae` and `unet` in one folder, with the `scheduler`
 that the U-Net's run adds there, are a whole decoder for `PiscesPipeline`.
 """
 

@@ -70,6 +70,14 @@ class HubServer:
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
+    def redirect(self, monkeypatch) -> None:
+        """Let huggingface_hub and transformers talk to this server until `monkeypatch` undoes it."""
+        settings = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": self.url}
+        for name, value in settings.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        # transformers keeps one client, which remembers where the Hub was when it was first asked for
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+
     def __enter__(self) -> "HubServer":
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()

@@ -113,8 +113,7 @@ def world(tmp_path_factory):
     printed = {}
     with pytest.MonkeyPatch.context() as patch, HubServer() as server:
         patch.chdir(folder)
-        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": server.url}.items():
-            patch.setattr(f"huggingface_hub.constants.{name}", value)
+        server.redirect(patch)
         patch.setattr("huggingface_hub.utils._headers.get_token", lambda: "none")
         # the fresh process that export starts; tests/conversion/test_export.py waits for it
         patch.setattr("conversion.export.load_elsewhere", lambda folder: {"text": [1]})

@@ -51,8 +51,7 @@ def hub(monkeypatch, tmp_path):
     """A Hub of this machine that huggingface_hub talks to instead of the real one; waiting between retries is cut."""
     sleep = time.sleep
     with HubServer() as server:
-        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": server.url}.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        server.redirect(monkeypatch)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
         yield server

@@ -57,8 +57,7 @@ def test_the_walk_from_pictures_to_a_pushed_adapter(folder, monkeypatch, capsys)
     assert (folder / "moon.png").stat().st_size > 0
 
     with HubServer() as hub:
-        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": hub.url}.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        hub.redirect(monkeypatch)
         trainer = run_command(push + " --hub_token none")
         files = hub.commits("me/my-pictures")[-1].files
     assert len([point for point in trainer.state.log_history if "grad_norm" in point]) == 2  # trained once, not twice

@@ -248,8 +248,7 @@ def test_a_push_is_one_private_commit_of_adapter_card_and_processor(run, tmp_pat
     folder = tmp_path / "out"
     assert last_complete_checkpoint(folder) is not None  # there is something that must stay at home
     with HubServer() as hub:
-        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "ENDPOINT": hub.url}.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        hub.redirect(monkeypatch)
         url = run_folder.push_run(folder, push_settings(tmp_path, hub_token="none"))
         repo = hub.repos["me/stars"]
         (commit,) = hub.commits("me/stars")

@@ -56,8 +56,11 @@ def folder(tmp_path_factory):
 def clone(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
+    own_modules = ("my_rewards", "my_scorer", "scene_score")
+    for name in own_modules:  # other tests have modules of these names too
+        sys.modules.pop(name, None)
     yield folder
-    for name in ("my_rewards", "my_scorer", "scene_score"):
+    for name in own_modules:
         sys.modules.pop(name, None)
 
 
