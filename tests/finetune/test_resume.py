@@ -135,6 +135,13 @@ def test_a_checkpoint_cut_short_is_passed_over_by_name(file, damage, reason, run
     assert last_complete_checkpoint(run_folder) == str(run_folder / "checkpoint-2")
 
 
+@pytest.mark.parametrize("name", ["optimizer.bin", "latest"], ids=["FSDP", "DeepSpeed"])
+def test_a_checkpoint_of_a_sharded_run_is_complete(name, run_folder):
+    """They keep the optimizer's state under other names."""
+    (run_folder / "checkpoint-4/optimizer.pt").rename(run_folder / "checkpoint-4" / name)
+    assert what_is_missing(run_folder / "checkpoint-4") is None
+
+
 def test_another_step_s_state_does_not_complete_a_checkpoint(run_folder):
     shutil.copy(run_folder / "checkpoint-2/trainer_state.json", run_folder / "checkpoint-4/trainer_state.json")
     assert what_is_missing(run_folder / "checkpoint-4") == "trainer_state.json is of step 2"
