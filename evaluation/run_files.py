@@ -1,0 +1,151 @@
+"""What every restartable evaluation needs on disk: facts of a run, shards, whole-or-nothing writes, resumable lines.
+
+`evaluation.draw_prompts` and `evaluation.geneval` call it. A finished item is a file or a line that is there; a killed
+run leaves no half of one, so the same command goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+
+
+Item = TypeVar("Item")
+
+
+def current_commit() -> str | None:
+    """The commit of this repository, with "+changes" when files differ from it; None outside a repository."""
+    try:
+        commit, changed = _run_git("rev-parse", "HEAD"), _run_git("status", "--porcelain")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _run_git(*words: str) -> str:
+    run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+def describe_machine() -> dict[str, Any]:
+    """Commit, hardware and versions, for the "run" of a results file."""
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "commit": current_commit(),
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """The first 16 digits of a sha256 over the contents, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def identify_weights(source: str, hub_commit: str | None = None) -> str:
+    """What tells two checkpoints of one name apart: the Hub's commit, or a hash of a folder's weights.
+
+    Raises:
+        ValueError: a folder without safetensors.
+    """
+    if not Path(source).is_dir():
+        return f"commit {hub_commit}"
+    if not (weights := sorted(Path(source).rglob("*.safetensors"))):
+        raise ValueError(f"{source}: no safetensors in it, so nothing says which weights these are. Save them so.")
+    return f"sha256 {hash_files(weights)}"
+
+
+def write_whole(path: Path, write: Callable[[Path], Any], prefix: str = ".") -> None:
+    """Let `write` fill a file beside `path`, named with a prefix, and move it there when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(prefix + path.name)
+    write(part)
+    os.replace(part, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that two shards may write at once."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), prefix=f".{os.getpid()}.")
+
+
+def keep_settings(path: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Begin a run file, or check that the run it describes had the same settings; a new commit is added to its list.
+
+    Args:
+        path: JSON file of a run; written if it is not there.
+        settings: plain JSON types; what has to be equal for a run to go on.
+        facts: "commit" and whatever else describes the run.
+
+    Raises:
+        ValueError: the file was begun with other settings; names the first of them.
+    """
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"commits": []}
+    for name, value in settings.items():
+        if path.is_file() and before["settings"].get(name) != value:
+            raise ValueError(
+                f"{path} was begun with {name} {before['settings'].get(name)!r}, not {value!r}. Choose another "
+                "--output, or repeat the command with the old value."
+            )
+    commit = facts["commit"]
+    commits = before["commits"] + [commit] * (commit not in before["commits"])
+    if commits != before["commits"]:
+        rest = {name: value for name, value in facts.items() if name != "commit"}
+        write_json(path, {"settings": settings, **rest, **before, "commits": commits})
+
+
+def describe_command(module: str, parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command that gives the same result: every flag that is not at its default, but for the shard."""
+    given = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
+    flags = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if name != "shard"]
+    return " ".join([f"python -m {module}", *flags])
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """ "2/4", the second of four shards, as (2, 4).
+
+    Raises:
+        ValueError: not of this form, or not 1 <= i <= n.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, total = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= number <= total:
+        raise ValueError(f"--shard {text}: expected i/n with i from 1 to n, for example 1/2 in one process and 2/2.")
+    return number, total
+
+
+def take_shard(items: Sequence[Item], shard: tuple[int, int]) -> list[Item]:
+    """Every n-th item from the i-th on."""
+    return list(items[shard[0] - 1 :: shard[1]])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; half a line at its end, of a run that was killed, is passed over."""
+    content = path.read_bytes()
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+
+
+def cut_half_line(path: Path) -> None:
+    """Take half a line off the end of a file that may not exist, so that the next line begins on its own."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def add_line(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
