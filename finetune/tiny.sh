@@ -67,6 +67,9 @@ language_model() {
     step "review, more of what is learned last" "$work/review/results.json" \
         $python -m finetune.train_stages --stage review --checkpoint "$work/stage3" --output "$work/review" $stage \
         --pattern uuuug --num_questions 8 --max_steps 300 --warmup_steps 20 --schedule cosine --ema_decay 0.99
+    step "review, slower" "$work/review2/results.json" \
+        $python -m finetune.train_stages --stage review --checkpoint "$work/review" --output "$work/review2" $stage \
+        --learning_rate 5e-4 --seed 1 --pattern uug --num_questions 8 --max_steps 300 --warmup_steps 20 --schedule cosine --ema_decay 0.99
 }
 
 scenes scenes --num_scenes 60000 --seed 0 --split train
@@ -85,7 +88,7 @@ language_model
 wait $second
 
 step "finished folder" "$work/pisces-tiny/model_index.json" \
-    $python -m finetune.tiny finish --checkpoint "$work/review" --decoder "$work/decoder" --output "$work/pisces-tiny"
+    $python -m finetune.tiny finish --checkpoint "$work/review2" --decoder "$work/decoder" --output "$work/pisces-tiny"
 for split in shown heldout; do
     step "score: $split" "$work/pisces-tiny-$split.json" \
         $python -m evaluation.scenes --model "$work/pisces-tiny" --data "$work/$split" --output "$work/pisces-tiny-$split.json"
