@@ -5,6 +5,7 @@ so that two sheets differ by the language model alone.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.integrations import TensorBoardCallback
-from transformers.utils import cached_file, is_diffusers_available, logging
+from transformers.utils import cached_file, logging
 
 from finetune.data_schema import Row
 from finetune.guard_metrics import drawing_exchange
@@ -45,7 +46,7 @@ def load_decoder(checkpoint: str, model: Any, processor: Any, **source: Any) -> 
     if cached_file(checkpoint, "model_index.json", revision=source.get("revision"), **optional) is None:
         logger.warning(f"guard: {checkpoint} has no decoder, so there will be numbers and no sheets of drawings.")
         return None
-    if not is_diffusers_available():
+    if importlib.util.find_spec("diffusers") is None:
         logger.warning("guard: sheets of drawings need diffusers: pip install diffusers. There will be numbers only.")
         return None
     from modeling_pisces import PiscesPipeline
