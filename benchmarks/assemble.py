@@ -29,7 +29,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from benchmarks.timing import write_result
+from modeling_pisces.measurement_pisces import write_result
 
 
 BAR = "excess memory <= largest shard + 1 GB at every size, slope about 0; speed >= 0.7 of cp"

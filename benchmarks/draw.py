@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from benchmarks.timing import write_result
 from modeling_pisces import PiscesPipeline
+from modeling_pisces.measurement_pisces import write_result
 
 
 PROMPTS = (

@@ -10,8 +10,8 @@ import time
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.timing import paired, write_result
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
+from modeling_pisces.measurement_pisces import paired, write_result
 
 
 PROMPT_TOKENS = 32

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.timing import paired, write_result
+from modeling_pisces.measurement_pisces import paired, write_result
 
 
 PACKAGE = Path(__file__).parents[1] / "modeling_pisces"

@@ -24,8 +24,8 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from benchmarks.timing import write_result
 from modeling_pisces import PiscesForConditionalGeneration
+from modeling_pisces.measurement_pisces import write_result
 
 
 VOCABULARY, IMAGE, NEW_TOKENS = 320, 256, 24

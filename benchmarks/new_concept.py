@@ -20,8 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.timing import write_result
-from evaluation.summaries import wilson_interval
+from modeling_pisces.measurement_pisces import wilson_interval, write_result
 
 
 ROOT = Path(__file__).parents[1]

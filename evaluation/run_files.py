@@ -8,10 +8,8 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,30 +17,17 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
+from modeling_pisces.measurement_pisces import current_commit, describe_hardware
+
 
 Item = TypeVar("Item")
 
 
-def current_commit() -> str | None:
-    """The commit of this repository, with "+changes" when files differ from it; None outside a repository."""
-    try:
-        commit, changed = _run_git("rev-parse", "HEAD"), _run_git("status", "--porcelain")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+changes" if changed else "")
-
-
-def _run_git(*words: str) -> str:
-    run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    return run.stdout.strip()
-
-
 def describe_machine() -> dict[str, Any]:
     """Commit, hardware and versions, for the "run" of a results file."""
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "commit": current_commit(),
-        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
+        "hardware": describe_hardware(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 

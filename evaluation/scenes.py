@@ -8,19 +8,16 @@ The data folder is written by `python -m finetune.scenes --split heldout`; the s
 import argparse
 import json
 import math
-import platform
 import random
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
 
+from evaluation.run_files import describe_machine
 from evaluation.scene_descriptions import describe_drawings
 from evaluation.scene_detector import detect_objects, load_silhouettes
 from evaluation.scene_scorer import score_prompt, score_scene
@@ -33,6 +30,7 @@ from evaluation.summaries import (
     seed_generators,
     summarize,
 )
+from modeling_pisces.measurement_pisces import current_command
 
 
 PROTOCOL = (
@@ -160,18 +158,9 @@ def describe_settings(pipeline) -> str:
 
 def describe_run(arguments: argparse.Namespace, pipeline, seconds: float) -> dict[str, Any]:
     """What a reader needs to run it again."""
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
-        "command": "python -m evaluation.scenes " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "command": current_command(),
+        **describe_machine(),
         "seconds": round(seconds, 1),
         "protocol": PROTOCOL.format(
             images_per_prompt=arguments.images_per_prompt, settings=describe_settings(pipeline)

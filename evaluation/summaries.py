@@ -5,7 +5,6 @@ same.
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from modeling_pisces.measurement_pisces import wilson_interval
+
 
 Outcomes = dict[str, list[bool]]
-
-
-def wilson_interval(successes: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson score)."""
-    if total == 0:
-        return 0.0, 1.0
-    share, scale = successes / total, 1 + z * z / total
-    middle = (share + z * z / (2 * total)) / scale
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
-    return middle - half, middle + half
 
 
 def summarize(outcomes: Outcomes) -> dict[str, dict[str, float]]:

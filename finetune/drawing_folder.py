@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from finetune.trainer import current_commit, describe_hardware
+from modeling_pisces.measurement_pisces import current_commit, describe_hardware
 
 
 Prompt = dict[str, Any]

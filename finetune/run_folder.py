@@ -24,7 +24,7 @@ from finetune.guard import guard_record, guard_table
 from finetune.recipe import RecipeArguments, Rows
 from finetune.sft_config import PiscesSFTConfig
 from finetune.sft_trainer import PiscesSFTTrainer
-from finetune.trainer import current_commit, describe_hardware
+from modeling_pisces.measurement_pisces import current_commit, describe_hardware
 
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "torchao")

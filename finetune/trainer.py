@@ -7,8 +7,6 @@ and the JSON that a run leaves behind. What is trained, and how it is judged, st
 
 import json
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.trainer_utils import get_last_checkpoint
 
 from finetune.picture_data import collate_rows
+from modeling_pisces.measurement_pisces import current_command, current_commit, describe_hardware
 
 
 Metrics = dict[str, float]
@@ -230,33 +229,9 @@ def write_results(run: RunArguments, recipe: str, curve: list[dict[str, Any]], m
             "transformers": transformers.__version__,
         },
         "commit": current_commit(),
-        "command": f"python -m finetune.{Path(sys.argv[0]).stem} " + " ".join(sys.argv[1:]),
+        "command": current_command(),
         "curve": curve,
     }
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"{recipe}: {json.dumps(metrics)} -> {path}", flush=True)
     return path
-
-
-def describe_hardware() -> str:
-    """The accelerator if there is one, otherwise the processor and the number of threads in use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line for line in _lines_of("/proc/cpuinfo") if line.startswith("model name")]
-    name = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _lines_of(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
-
-
-def current_commit() -> str | None:
-    """The commit of this repository, with "+changes" when files differ from it; None outside a repository."""
-    try:
-        arguments = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **arguments).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain"], **arguments).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+changes" if changed else "")

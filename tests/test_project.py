@@ -63,8 +63,6 @@ def read_toml():
 @pytest.mark.parametrize("room", [room for room in ROOMS if (ROOT / room).is_dir()])
 def test_rooms_never_import_each_other(room):
     others = {other for other in ROOMS if other not in (room, "modeling_pisces")} | {"tests"}
-    if room == "benchmarks":  # it times what other rooms do; none of them imports it
-        others -= {"finetune", "evaluation"}
     for path in python_files(room):
         wrong = others & {name.split(".")[0] for name in imported_modules(path)}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}: rooms meet through folders on disk"

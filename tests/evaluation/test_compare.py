@@ -7,7 +7,8 @@ import pytest
 
 from evaluation import compare
 from evaluation.compare import Measured
-from evaluation.summaries import drawing_summary, summarize, wilson_interval
+from evaluation.summaries import drawing_summary, summarize
+from modeling_pisces.measurement_pisces import wilson_interval
 
 
 def share(successes: int, total: int) -> Measured:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import card, scenes, summaries
+from evaluation import card, scenes
 from evaluation.scene_detector import load_silhouettes
 from finetune.scenes import write_scenes
+from modeling_pisces.measurement_pisces import wilson_interval
 
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def test_perfect_reconstructions_score_one_and_blank_ones_zero(data, rows):
 
 def test_the_interval_is_wilsons():
     # 8 of 10, by hand: centre (0.8 + 3.8416 / 20) / 1.38416, half width 1.96 * sqrt(0.016 + 0.009604) / 1.38416
-    low, high = summaries.wilson_interval(8, 10)
+    low, high = wilson_interval(8, 10)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
 
 

@@ -14,8 +14,9 @@ from finetune import train_gen_encoder, train_vision
 from finetune.picture_data import TensorRows, edge_strength, load_pictures, patch_labels, to_pixel_values, to_uint8
 from finetune.scenes import main as write_scenes
 from finetune.train_gen_encoder import grid_positions, phrase_ids, pooled_vectors, whiten_output
-from finetune.trainer import RunArguments, WeightAverage, describe_hardware, train
+from finetune.trainer import RunArguments, WeightAverage, train
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
+from modeling_pisces.measurement_pisces import describe_hardware
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
 
 

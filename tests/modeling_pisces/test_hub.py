@@ -104,7 +104,7 @@ def test_a_checkpoint_folder_is_exported_with_its_decoder_without_changing_a_ten
     make_processor().save_pretrained(tmp_path / "checkpoint")
     make_pipeline().save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "checkpoint/README.md").write_text(CARD)
-    (tmp_path / "checkpoint/optimizer.pt").write_bytes(b"left by a training")
+    (tmp_path / "checkpoint" / "optimizer.pt").write_bytes(b"left by a training")
     folder = export_to_folder(tmp_path / "checkpoint", None, tmp_path / "export", max_shard_size="20KB")
     found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     stored = load_file(tmp_path / "checkpoint/model.safetensors")

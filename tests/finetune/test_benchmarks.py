@@ -1,4 +1,4 @@
-"""Claims about `benchmarks.finetune_gpu` and `benchmarks.finetune_step`: they run, and count what they say."""
+"""Claims about `finetune.benchmark_gpu` and `finetune.benchmark_step`: they run, and count what they say."""
 
 import json
 import random
@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks import finetune_gpu, finetune_models, finetune_step
+from finetune import benchmark_gpu, benchmark_models, benchmark_step
 
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
 
 
 def run(monkeypatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["finetune_gpu.py", *flags])
-    finetune_gpu.main()
+    monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", *flags])
+    benchmark_gpu.main()
 
 
 def test_the_gpu_script_runs_at_toy_size_and_its_losses_fall(monkeypatch, tmp_path):
@@ -24,7 +24,7 @@ def test_the_gpu_script_runs_at_toy_size_and_its_losses_fall(monkeypatch, tmp_pa
     run(monkeypatch, "--preset", "tiny", "--device", "cpu", "--steps", "3", "--output", str(output))
     results = json.loads(output.read_text(encoding="utf-8"))
     settings = results["settings"]
-    expected = finetune_gpu.settings_of(finetune_gpu.PRESETS["tiny"], "cpu")
+    expected = benchmark_gpu.settings_of(benchmark_gpu.PRESETS["tiny"], "cpu")
     assert [line["packed"] for line in settings] == [setting.packed for setting in expected]
     for line in settings:
         assert line["last_loss"] < line["first_loss"]
@@ -42,17 +42,17 @@ def test_the_large_preset_without_a_gpu_ends_in_one_line(monkeypatch, tmp_path, 
 
 def test_the_utilisation_of_the_public_mark_is_what_it_says(monkeypatch):
     """NVIDIA's 12,473 tokens/s of Llama-3-8B on one H100 are 402 TFLOP/s, 0.41 of its peak."""
-    text = LlamaConfig(**finetune_gpu.PRESETS["8b"].text)
-    assert finetune_gpu.num_parameters(text) == 8_030_261_248 - 65 * 4096  # Llama-3.1-8B without its norms
+    text = LlamaConfig(**benchmark_gpu.PRESETS["8b"].text)
+    assert benchmark_gpu.num_parameters(text) == 8_030_261_248 - 65 * 4096  # Llama-3.1-8B without its norms
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    found = finetune_gpu.utilisation(finetune_gpu.num_parameters(text), 12473, "cuda")
+    found = benchmark_gpu.utilisation(benchmark_gpu.num_parameters(text), 12473, "cuda")
     assert found == pytest.approx(402 / 989, abs=0.003)
-    assert finetune_gpu.utilisation(1, 1.0, "cpu") is None
+    assert benchmark_gpu.utilisation(1, 1.0, "cpu") is None
 
 
 def test_a_packed_batch_holds_more_samples_than_a_padded_one_of_its_size():
-    config = finetune_gpu.make_config(finetune_gpu.PRESETS["tiny"])
-    padded, packed = (finetune_gpu.make_batch(config, 2048, p, torch.float32, "cpu") for p in (False, True))
+    config = benchmark_gpu.make_config(benchmark_gpu.PRESETS["tiny"])
+    padded, packed = (benchmark_gpu.make_batch(config, 2048, p, torch.float32, "cpu") for p in (False, True))
     assert packed["num_samples"] > padded["num_samples"]
     for made in (padded, packed):
         assert made["batch"]["input_ids"].numel() <= 2048
@@ -62,12 +62,12 @@ def test_a_packed_batch_holds_more_samples_than_a_padded_one_of_its_size():
 
 def test_quantized_layers_are_nf4_and_train_an_adapter():
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    preset = finetune_gpu.PRESETS["tiny"]
-    model = finetune_gpu.make_adapted(preset, "cpu", quantized=True)
+    preset = benchmark_gpu.PRESETS["tiny"]
+    model = benchmark_gpu.make_adapted(preset, "cpu", quantized=True)
     layers = model.get_base_model().model.language_model.layers
     assert type(layers[0].mlp.up_proj.base_layer) is bitsandbytes.nn.Linear4bit
-    setting = finetune_gpu.Setting(512, quantized=True)
-    numbers = finetune_gpu.measure(model, setting, preset, "cpu", steps=3)
+    setting = benchmark_gpu.Setting(512, quantized=True)
+    numbers = benchmark_gpu.measure(model, setting, preset, "cpu", steps=3)
     assert numbers["last_loss"] < numbers["first_loss"]
 
 
@@ -75,30 +75,30 @@ def test_quantized_layers_are_nf4_and_train_an_adapter():
 def small(monkeypatch):
     """The step benchmark at the size of a test."""
     for name, value in {"WIDTH": 64, "LAYERS": 1, "BATCH_SIZE": 2}.items():
-        monkeypatch.setattr(finetune_step, name, value)
+        monkeypatch.setattr(benchmark_step, name, value)
     for name in ("VISION", "SMALL_VISION"):
-        monkeypatch.setattr(finetune_step, name, SMALL)
+        monkeypatch.setattr(benchmark_step, name, SMALL)
     for name in ("GEN_VISION", "SMALL_GEN_VISION"):
-        monkeypatch.setattr(finetune_step, name, SMALL | {"output_size": 16})
+        monkeypatch.setattr(benchmark_step, name, SMALL | {"output_size": 16})
 
 
 def test_the_step_benchmark_trains_both_sides_on_the_same_loss(small, tmp_path):
-    measured = finetune_step.measure_understanding(str(tmp_path), pairs=1)  # asserts that the losses are equal
+    measured = benchmark_step.measure_understanding(str(tmp_path), pairs=1)  # asserts that the losses are equal
     assert measured["as_it_runs_here"]["pairs"] == 1
 
 
 def test_the_step_benchmark_packs_and_caches(small, tmp_path):
-    packing = finetune_step.measure_packing(str(tmp_path), pairs=1, num_rows=8, capacity=512)
+    packing = benchmark_step.measure_packing(str(tmp_path), pairs=1, num_rows=8, capacity=512)
     assert packing["unfilled"] < packing["padding"]
     for attention in ("packed_sdpa", "sdpa"):
         line = packing[attention]
         assert line["speedup_median"] == pytest.approx(1 / line["ratio_median"], rel=1e-2)
-    assert finetune_step.measure_precompute(str(tmp_path), pairs=1)["speedup_median"] > 0
+    assert benchmark_step.measure_precompute(str(tmp_path), pairs=1)["speedup_median"] > 0
 
 
 def test_rows_for_trl_are_the_same_rows():
-    row = finetune_models.question_row(random.Random(0), num_turns=2)
-    (stock,) = finetune_step.with_opened_pictures([row])
+    row = benchmark_models.question_row(random.Random(0), num_turns=2)
+    (stock,) = benchmark_step.with_opened_pictures([row])
     assert len(stock["images"]) == 1 and stock["images"][0].mode == "RGB"
     assert stock["messages"][0]["content"][0] == {"type": "image"}
     assert stock["messages"][0]["content"][1:] == row["messages"][0]["content"][1:]

@@ -1,6 +1,6 @@
 """LoRA on both sides at the size of Llama-3.1-8B on one GPU: tokens per second, utilisation, memory, by setting.
 
-`python -m benchmarks.finetune_gpu --output results/finetune_gpu.json` builds random weights on the device, needs no
+`python -m finetune.benchmark_gpu --output results/finetune_gpu.json` builds random weights on the device, needs no
 download, and writes the file after every setting, so that a run cut short keeps what it measured. `--preset tiny` runs
 the same code on any processor. Rows are a mix of drawings, short and long answers about a picture; towers are not run
 (their outputs come from a cache, see `finetune.precompute`), every weight of the language model has an adapter.
@@ -26,11 +26,11 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
-from benchmarks.timing import write_result
 from finetune import packed_attention
 from finetune.adapters import AdapterConfig, add_adapter
 from finetune.packing import pack_batch
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
+from modeling_pisces.measurement_pisces import write_result
 
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}  # dense bf16, NVIDIA's data sheets of the SXM boards

@@ -1,6 +1,6 @@
 """What a finetuning step costs: against stock TRL on LLaVA, packed against padded, cached against encoded pictures.
 
-`python -m benchmarks.finetune_step --output results/finetune_step.json`. Small random models on one thread; all
+`python -m finetune.benchmark_step --output results/finetune_step.json`. Small random models on one thread; all
 numbers are ratios of things timed in turn in one run. Seconds are processor time of this process: on a shared machine
 the wall clock measures the neighbours. Four measurements:
 
@@ -36,7 +36,9 @@ from PIL import Image
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.finetune_models import (
+from finetune import packed_attention
+from finetune.adapters import AdapterConfig, add_adapter
+from finetune.benchmark_models import (
     LANGUAGE_MODEL,
     drawing_row,
     make_config,
@@ -45,14 +47,12 @@ from benchmarks.finetune_models import (
     make_processor,
     question_row,
 )
-from benchmarks.timing import paired, write_result
-from finetune import packed_attention
-from finetune.adapters import AdapterConfig, add_adapter
 from finetune.conversations import PiscesDataCollator
 from finetune.packing import PackedRows, PackingCollator, token_lengths
 from finetune.picture_cache import CachedPictureCollator, PictureCache
 from finetune.precompute import precompute
 from finetune.sft_trainer import PiscesSFTConfig, PiscesSFTTrainer
+from modeling_pisces.measurement_pisces import paired, write_result
 
 
 WIDTH, LAYERS, RANK, BATCH_SIZE = 384, 6, 16, 4
@@ -174,7 +174,7 @@ def measure_memory(steps: int = 2) -> dict[str, Any]:
 
 
 def _in_child(side: str, steps: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.finetune_step", "--child", side, "--steps", str(steps)]
+    command = [sys.executable, "-m", "finetune.benchmark_step", "--child", side, "--steps", str(steps)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -1,0 +1,91 @@
+"""What stands beside every measured number: command, commit, hardware, intervals; and the timing of pairs.
+
+Recipes, evaluations and benchmarks write their results files with it, and so can you. Nothing of the model needs it,
+so it is not exported to the Hub. Ratios of things timed in turn, because machines are shared and noisy.
+"""
+
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def current_commit() -> str | None:
+    """The commit of this repository, with "+changes" when files differ from it; None outside a repository."""
+    try:
+        commit, changed = _run_git("rev-parse", "HEAD"), _run_git("status", "--porcelain")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _run_git(*words: str) -> str:
+    run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+def current_command() -> str:
+    """The command of this process, as `python -m package.module arguments` where it was started so."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return " ".join(["python", f"-m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]])
+
+
+def describe_hardware() -> str:
+    """The accelerator if there is one, otherwise the processor and the number of threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def wilson_interval(successes: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share (Wilson score)."""
+    if total == 0:
+        return 0.0, 1.0
+    share, scale = successes / total, 1 + z * z / total
+    middle = (share + z * z / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
+    return middle - half, middle + half
+
+
+def paired(ours: Callable[[], float], baseline: Callable[[], float], pairs: int) -> dict[str, Any]:
+    """Time two things in turn (A B A B ...) after one warm-up of each; each callable returns its seconds.
+
+    Returns:
+        medians in seconds, and the ratio ours / baseline pair by pair: median, smallest and largest.
+    """
+    ours(), baseline()
+    times = [(ours(), baseline()) for _ in range(pairs)]
+    ratios = [a / b for a, b in times]
+    return {
+        "ours_s": round(statistics.median(a for a, _ in times), 4),
+        "baseline_s": round(statistics.median(b for _, b in times), 4),
+        "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_min": round(min(ratios), 4),
+        "ratio_max": round(max(ratios), 4),
+        "pairs": pairs,
+    }
+
+
+def write_result(path: str, name: str, bar: str, measured: dict[str, Any]) -> None:
+    """Write and print one results file of a benchmark: value, bar, command, commit, hardware."""
+    result = {
+        "benchmark": name,
+        "bar": bar,
+        **measured,
+        "command": current_command(),
+        "commit": current_commit(),
+        "hardware": describe_hardware(),
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
