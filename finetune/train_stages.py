@@ -2,7 +2,8 @@
 
 Run as `python -m finetune.train_stages --stage pretrain --checkpoint START --data DATA --output OUT`. Both towers stay
 frozen; the language model, both projectors and the generation head are trained. Reads a checkpoint folder, writes one.
-The loss is the model's own: one block of understanding rows and one of drawing rows per optimizer step.
+The loss is the model's own: one block of understanding rows and one of drawing rows per optimizer step. Under
+`torchrun --nproc_per_node N -m finetune.train_stages` every process trains on blocks of its own.
 """
 
 import copy
@@ -148,6 +149,7 @@ def training_arguments(run: StageArguments) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_num_workers=run.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # an absent side still gives its parameters a gradient of zero
         report_to="none",
     )
 
@@ -161,10 +163,11 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
         torch.manual_seed(run.seed)
         replace_head(model, run.new_head)
     model.config.gen_input_noise = run.input_noise
+    arguments = training_arguments(run)
     rows = StageConversations(
         run.data,
         run.stage,
-        num_rows=run.max_steps * run.batch_size * len(run.pattern),
+        num_rows=run.max_steps * run.batch_size * len(run.pattern) * arguments.world_size,
         batch_size=run.batch_size,
         pattern=run.pattern,
         num_questions=run.num_questions,
@@ -176,14 +179,17 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
     average = WeightAverage(model, run.ema_decay)
     trainer = PiscesTrainer(
         model=model,
-        args=training_arguments(run),
+        args=arguments,
         train_dataset=rows,
         data_collator=PiscesDataCollator(processor),
         callbacks=[average, CurveCallback(average, None, run.eval_steps)],
     )
     checkpoints = Path(run.output) / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if run.resume and checkpoints.is_dir() else None
+    torch.manual_seed(run.seed + arguments.process_index)  # each process draws noise of its own
     trainer.train(resume_from_checkpoint=last)
+    if not trainer.is_world_process_zero():
+        return Path(run.output)
     average.swap()
     model.set_attn_implementation("sdpa")
     model.config.gen_input_noise = 0.0

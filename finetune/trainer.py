@@ -6,6 +6,7 @@ and the JSON that a run leaves behind. What is trained, and how it is judged, st
 """
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -94,6 +95,8 @@ class WeightAverage(TrainerCallback):
         torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
 
     def on_save(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_file({name: tensor.contiguous() for name, tensor in self.average.items()}, folder / AVERAGE_FILE)
 
@@ -223,6 +226,7 @@ def write_results(run: RunArguments, recipe: str, curve: list[dict[str, Any]], m
         "seed": run.seed,
         "wall_time_s": max((point.get("elapsed_s", 0.0) for point in curve), default=0.0),
         "hardware": describe_hardware(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
