@@ -8,21 +8,23 @@ The loss is the model's own: one block of understanding rows and one of drawing 
 
 import copy
 import hashlib
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils.data import SequentialSampler
-from tqdm import tqdm
 from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
 from finetune.conversations import PiscesDataCollator, StageConversations, read_rows
+from finetune.picture_cache import PictureCache
+from finetune.picture_keys import fingerprint
+from finetune.precompute import precompute
 from finetune.trainer import CurveCallback, RunArguments, WeightAverage, write_results
-from modeling_pisces import PiscesForConditionalGeneration, load_image
+from modeling_pisces import PiscesForConditionalGeneration
 
 
 @dataclass
@@ -82,33 +84,15 @@ class PiscesTrainer(Trainer):
 
 
 def encoded_pictures(model, processor, folder: Path) -> torch.Tensor:
-    """The pooled vectors of every picture of a data folder, (pictures, M, Dg), from its cache if one fits.
+    """The pooled vectors of every picture of a data folder, (pictures, M, Dg).
 
-    The towers are frozen, so one pass serves all stages. The cache's name holds a digest of the tower's weights:
-    another tower never meets it.
+    The towers are frozen, so one pass serves all stages: they are kept in the folder, under the tower's name.
     """
-    weights = hashlib.sha256()
-    for tensor in model.model.gen_vision_tower.state_dict().values():
-        weights.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    cache = folder / f"gen_vectors-{weights.hexdigest()[:16]}.safetensors"
-    num_rows = len(read_rows(folder))
-    if cache.is_file() and len(vectors := load_file(cache)["vectors"]) == num_rows:
-        return vectors
-    vectors = encode_pictures(model, processor, folder)
-    save_file({"vectors": vectors}, cache)
-    return vectors
-
-
-@torch.no_grad()
-def encode_pictures(model, processor, folder: Path, batch_size: int = 256) -> torch.Tensor:
-    """Run the generation tower over every picture of a data folder: (pictures, M, Dg), on the CPU."""
     paths = [folder / row["image"] for row in read_rows(folder)]
-    vectors = []
-    for start in tqdm(range(0, len(paths), batch_size), desc="encoding pictures"):
-        images = [load_image(path) for path in paths[start : start + batch_size]]
-        pixels = processor.gen_image_processor(images, return_tensors="pt")["pixel_values"]
-        vectors.append(model.encode_gen_images(pixels.to(model.device)).cpu())
-    return torch.cat(vectors)
+    made_with = json.dumps(fingerprint("gen_vectors", model, processor), sort_keys=True)
+    cache = PictureCache(folder / f"gen_vectors-{hashlib.sha256(made_with.encode()).hexdigest()[:16]}")
+    precompute(model, processor, paths, cache, "gen_vectors", batch_size=256)
+    return torch.stack([cache.get("gen_vectors", path) for path in paths])
 
 
 def freeze_towers(model) -> None:
@@ -164,6 +148,8 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
         replace_head(model, run.new_head)
     model.config.gen_input_noise = run.input_noise
     arguments = training_arguments(run)
+    with arguments.main_process_first(desc="encoding pictures"):
+        vectors = encoded_pictures(model, processor, Path(run.data))
     rows = StageConversations(
         run.data,
         run.stage,
@@ -171,7 +157,7 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
         batch_size=run.batch_size,
         pattern=run.pattern,
         num_questions=run.num_questions,
-        vectors=encoded_pictures(model, processor, Path(run.data)),
+        vectors=vectors,
         seed=run.seed,
     )
     if run.bf16 and not torch.cuda.is_available():

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
 from tests.fixtures import make_model
 
 
+ROOT = Path(__file__).parents[2]
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -187,3 +190,24 @@ def test_full_precision_attention_keeps_causal_and_padding_masks():
     found = model(input_ids=ids, attention_mask=mask).logits
     real = mask.bool()
     torch.testing.assert_close(found[real], expected[real])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_train_as_one_that_takes_the_blocks_of_both(start, data, tmp_path):
+    """The new head regresses, so that no noise is drawn; one process sees understanding only, the other drawing."""
+    settings = {"new_head": "mlp", "input_noise": 0.0, "learning_rate": 1e-3, "max_steps": 3}
+    train_stage(run_arguments(start, data, tmp_path / "one", pattern="ugug", **settings))
+    flags = vars(run_arguments(start, data, tmp_path / "two", pattern="ug", **settings))
+    flags = [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launcher, "-m", "finetune.train_stages", *flags], cwd=ROOT, check=True, capture_output=True)
+
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["processes"] == 2
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    trained = [name for name in one if "gen_head" in name]
+    assert trained and one.keys() == two.keys()
+    before = load_file(start / "model.safetensors")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-5)
+        assert name in trained or torch.equal(two[name], before[name])
