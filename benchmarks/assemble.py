@@ -88,7 +88,7 @@ def _write_random(folder: Path, shapes: dict[str, torch.Size], shard_bytes: int)
             size = 0
         shards[-1].append(name)
         size += 2 * shape.numel()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     generator = torch.Generator().manual_seed(0)
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

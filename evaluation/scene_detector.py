@@ -75,9 +75,9 @@ class Silhouettes:
         padded, zoom = self._padded[shape], self.radius / radius
         middle = padded.width / 2
         left, top, right, bottom = window
-        corners = (left - x, top - y, right - x, bottom - y)
-        box = tuple(min(padded.width, max(0.0, middle + corner * zoom)) for corner in corners)
-        return np.asarray(padded.resize((right - left, bottom - top), Image.Resampling.BOX, box=box))
+        corners = np.array((left - x, top - y, right - x, bottom - y))
+        x0, y0, x1, y1 = np.clip(middle + corners * zoom, 0.0, padded.width).tolist()
+        return np.asarray(padded.resize((right - left, bottom - top), Image.Resampling.BOX, box=(x0, y0, x1, y1)))
 
 
 def load_silhouettes(folder: str | Path) -> Silhouettes:

@@ -151,15 +151,15 @@ def prompts_from_truth(truth: dict) -> list[tuple[str, dict, dict]]:
         prompts.append(("single_object", ask(plain), ask(reshaped)))
         prompts.append(("colors", ask(full), ask(recolored)))
     elif len(shapes) == 1:
-        counts = [ask([{"class": plain[0]["class"], "count": len(items) + extra}]) for extra in (0, 1)]
-        prompts.append(("counting", *counts))
+        right, wrong = (ask([{"class": plain[0]["class"], "count": len(items) + extra}]) for extra in (0, 1))
+        prompts.append(("counting", right, wrong))
     elif len(items) == 2:
         # objects are listed in reading order, so the first is left of the second or above it
         relations = ("left of", "right of") if items[0]["row"] == items[1]["row"] else ("above", "below")
-        positions = [ask([plain[1], {**plain[0], "position": [relation, 0]}]) for relation in relations]
+        right, wrong = (ask([plain[1], {**plain[0], "position": [relation, 0]}]) for relation in relations)
         prompts.append(("two_object", ask(plain), ask(reshaped)))
         prompts.append(("color_attr", ask(full), ask(recolored)))
-        prompts.append(("position", *positions))
+        prompts.append(("position", right, wrong))
     return prompts
 
 
@@ -184,7 +184,8 @@ def validate(
     if not rows:
         raise ValueError(f"{folder}: no rows in scenes.jsonl. Write a data folder with finetune.scenes first.")
     silhouettes, random = load_silhouettes(folder), np.random.default_rng(seed)
-    right, asked = Counter(), Counter()
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
     for row in tqdm(map(json.loads, rows), total=len(rows), desc="validating the scorer", unit="scene"):
         picture = Image.open(Path(folder) / row["image"]).convert("RGB").filter(ImageFilter.GaussianBlur(blur))
         pixels = np.clip(np.asarray(picture) + random.normal(0, noise, (*picture.size, 3)), 0, 255)

@@ -7,6 +7,7 @@ conversations into model inputs with labels. `finetune.train_stages` joins the t
 
 import json
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class StageConversations(Dataset):
     uninterrupted one would have seen.
 
     Args:
-        data: data folder with `scenes.jsonl` and its pictures.
+        data: a data folder with `scenes.jsonl` and its pictures, or several; one row is as likely as another.
         stage: "pretrain" (short captions, both ways), "detail" (detailed captions, one in ten short), "instruct"
             (questions and free prompts) or "review" (the same, with more of what is learned last).
         num_rows: rows of the run.
@@ -59,13 +60,13 @@ class StageConversations(Dataset):
             model draws and then answers questions about what it has drawn.
         num_questions: questions about one picture in one conversation of the last two stages.
         empty_caption_rate: share of drawing rows whose prompt is empty; the negative side of guidance.
-        vectors: (pictures, M, Dg) encoded pictures, in the order of the folder, instead of their pixels.
+        vectors: (pictures, M, Dg) encoded pictures, in the order of the folders, instead of their pixels.
         seed: seed of the order and of every choice.
     """
 
     def __init__(
         self,
-        data: str | Path,
+        data: str | Path | Sequence[str | Path],
         stage: str,
         num_rows: int,
         batch_size: int,
@@ -81,8 +82,8 @@ class StageConversations(Dataset):
             raise ValueError(
                 f"pattern {pattern!r}: expected letters u (understanding), g (generation), d (discussion), e.g. 'ug'."
             )
-        self.folder = Path(data)
-        self.rows = read_rows(self.folder)
+        folders = [data] if isinstance(data, (str, Path)) else data
+        self.rows = [row for folder in folders for row in read_rows(Path(folder))]
         if vectors is not None and len(vectors) != len(self.rows):
             raise ValueError(f"{len(vectors)} encoded pictures, {len(self.rows)} rows in {data}. Encode them again.")
         self.stage, self.num_rows, self.batch_size, self.pattern = stage, num_rows, batch_size, pattern
@@ -121,7 +122,7 @@ class StageConversations(Dataset):
     def _understand(self, row: dict, rng: random.Random) -> list[dict]:
         """One picture and one or several questions about it with their answers."""
         messages = [message for turn in self._questions(row, rng) for message in text_turn(*turn)]
-        messages[0]["content"].insert(0, {"type": "image", "image": str(self.folder / row["image"])})
+        messages[0]["content"].insert(0, {"type": "image", "image": row["image"]})
         return messages
 
     def _questions(self, row: dict, rng: random.Random) -> list[tuple[str, str]]:
@@ -141,7 +142,7 @@ class StageConversations(Dataset):
         caption = detailed if self.stage == "detail" and rng.random() > 0.1 else rng.choice(short or [detailed])
         if rng.random() < empty_caption_rate:
             caption = ""
-        picture = {"image": str(self.folder / row["image"])}
+        picture = {"image": row["image"]}
         if self.vectors is not None:
             picture = {"image_vectors": self.vectors[number]}
         return [
@@ -176,7 +177,7 @@ def _text_length(row: dict[str, Any]) -> int:
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """The rows of a data folder.
+    """The rows of a data folder, each picture with its path.
 
     Raises:
         ValueError: no `scenes.jsonl`, or nothing in it.
@@ -187,7 +188,7 @@ def read_rows(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     if not rows:
         raise ValueError(f"{path} has no rows. Write it again with `python -m finetune.scenes`.")
-    return rows
+    return [{**row, "image": str(folder / row["image"])} for row in rows]
 
 
 class PiscesDataCollator:

@@ -16,7 +16,7 @@ class LossTotals:
     """Running totals of text tokens and image vectors, their losses and the spread of the vectors.
 
     Args:
-        config: the model's; a "flow" head's loss is no squared error of vectors, so that it has no R^2.
+        config: the model's; the loss of a "flow" head or of cosine is no squared error of vectors and has no R^2.
         device: where the totals are kept.
     """
 
@@ -46,7 +46,7 @@ class LossTotals:
 
         Returns:
             "text_loss" in nats per token, "image_loss" per vector, "image_r2" = 1 - image_loss / variance of the
-            vectors about their own per-channel mean (regression heads), their sum "loss" with the config's weight,
+            vectors about their own per-channel mean (regression by "mse"), their sum "loss" with the config's weight,
             "num_text_tokens", "num_image_vectors" and "num_input_tokens".
         """
         totals = self.totals.clone()
@@ -60,7 +60,7 @@ class LossTotals:
             numbers["image_loss"] = image_sum / num_vectors
             numbers["loss"] += self.config.image_loss_weight * numbers["image_loss"]
             variance = squares / num_vectors - (totals[6:] / num_vectors).square().mean().item()
-            if self.config.gen_head_type != "flow" and variance > 0:
+            if self.config.image_loss_is_squared_error and variance > 0:
                 numbers["image_r2"] = 1 - numbers["image_loss"] / variance
         counts = {"num_text_tokens": num_text, "num_image_vectors": num_vectors, "num_input_tokens": num_tokens}
         return numbers | {name: int(count) for name, count in counts.items()}

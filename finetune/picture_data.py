@@ -151,4 +151,5 @@ def write_sheet(rows: Sequence[torch.Tensor], path: str | Path, scale: int = 2) 
     strips = [torch.cat(list(to_uint8(row)), dim=2) for row in rows]
     sheet = torch.cat(strips, dim=1).permute(1, 2, 0).numpy()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.NEAREST).save(path)
+    size = (sheet.shape[1] * scale, sheet.shape[0] * scale)
+    Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(path)

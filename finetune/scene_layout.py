@@ -222,11 +222,12 @@ def make_scene(
         jitter = CROWDED_JITTER if crowded else JITTER
         x, y = (round(LATTICE[axis] + rng.uniform(-jitter, jitter), 2) for axis in (cell[1], cell[0]))
         radius = round(SIZES[size] + rng.uniform(-RADIUS_JITTER, RADIUS_JITTER), 2)
-        rgb = tuple(min(255, max(0, value + rng.randint(-6, 6))) for value in COLORS[color])
+        red, green, blue = (min(255, max(0, value + rng.randint(-6, 6))) for value in COLORS[color])
+        rgb = (red, green, blue)
         objects.append(SceneObject(shape, color, size, *cell, x, y, radius, rgb))
     shade = rng.randint(-8, 8)
-    background_rgb = tuple(value + shade + rng.randint(-2, 2) for value in BACKGROUNDS[background])
-    return Scene(background, background_rgb, objects, kind, place)
+    red, green, blue = (value + shade + rng.randint(-2, 2) for value in BACKGROUNDS[background])
+    return Scene(background, (red, green, blue), objects, kind, place)
 
 
 def name_color(rgb: tuple[int, int, int]) -> str:
@@ -243,9 +244,9 @@ def spread_colors(scene: Scene, rng: random.Random) -> Scene:
     for item in scene.objects:
         while True:
             hue, saturation, value = rng.random(), rng.uniform(0.5, 1.0), rng.uniform(0.6, 1.0)
-            rgb = tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
-            if name_color(rgb) == item.color:
-                item.rgb = rgb
+            red, green, blue = (round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+            if name_color((red, green, blue)) == item.color:
+                item.rgb = (red, green, blue)
                 break
     return scene
 
@@ -275,7 +276,7 @@ def _draw_sizes(rng: random.Random, kind: str, cells: list[tuple[int, int]]) -> 
         return ["small"] * len(cells)
     if kind in ("same", "single"):
         return [rng.choices(("large", "small"), (0.8, 0.2))[0]] * len(cells)
-    sizes = []
+    sizes: list[str] = []
     for index, cell in enumerate(cells):
         touches = any(are_neighbours(cell, cells[other]) and sizes[other] == "large" for other in range(index))
         sizes.append("small" if touches or rng.random() < (0.3 if kind == "free" else 0.15) else "large")

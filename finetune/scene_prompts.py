@@ -6,6 +6,7 @@ The categories and the `include` entries follow GenEval's metadata (github.com/d
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 from finetune.scene_layout import (
     COLORS,
@@ -114,7 +115,7 @@ def prompts_for_evaluation(split: str = "heldout", seed: int = 0, num_per_catego
             if held_out != (split == "heldout" and can_be_held_out) or text + words in seen:
                 continue
             seen.add(text + words)
-            row = {"id": f"{tag}-{len(seen) - 1:03d}", "tag": tag, "prompt": text + words}
+            row: dict[str, Any] = {"id": f"{tag}-{len(seen) - 1:03d}", "tag": tag, "prompt": text + words}
             row |= {"paraphrase": reword(text + words, rng), "include": include, **setting, "held_out": held_out}
             rows.append(row)
     return rows

@@ -250,8 +250,8 @@ def _ask_describe_detail(scene: Scene, rng: random.Random, split: str) -> Iterat
 def all_questions(scene: Scene, rng: random.Random, split: str = "train") -> list[Question]:
     """Every question that this scene settles, with `rng` choosing the negatives."""
     found: list[Question] = []
-    askers = (_ask_color, _ask_shape, _ask_count, _ask_relation, _ask_compare, _ask_exist, _ask_where)
-    askers += (_ask_background, _ask_size, _ask_describe, _ask_describe_detail)
+    askers = [_ask_color, _ask_shape, _ask_count, _ask_relation, _ask_compare, _ask_exist, _ask_where]
+    askers += [_ask_background, _ask_size, _ask_describe, _ask_describe_detail]
     for ask in askers:
         found += ask(scene, rng, split)
     return found

@@ -11,6 +11,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -97,7 +98,7 @@ def shape_outline(shape: str) -> list[tuple[float, float]]:
     return OUTLINES[shape]
 
 
-def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: object) -> None:
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: Any) -> None:
     """Fill `shape` around (x, y), in the pixels of `draw`."""
     draw.polygon([(x + radius * px, y + radius * py) for px, py in shape_outline(shape)], fill=fill)
 
@@ -168,7 +169,8 @@ def write_scenes(
     Raises:
         ValueError: the folder holds other files or other settings, or more scenes than asked for.
     """
-    folder, settings = Path(output), {"seed": seed, "split": split, "size": size, "max_objects": max_objects}
+    folder = Path(output)
+    settings: dict[str, Any] = {"seed": seed, "split": split, "size": size, "max_objects": max_objects}
     settings["broad_colors"] = broad_colors
     first = _open_folder(folder, settings, num_scenes)
     write_silhouettes(folder)

@@ -108,7 +108,7 @@ class PiscesSFTTrainer(SFTTrainer):
         """
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
-        if policy is not None and plugin.fsdp_version == 2:
+        if plugin is not None and policy is not None and plugin.fsdp_version == 2:
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
     # ---- the loss ----

@@ -221,17 +221,19 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     first = commands.add_parser("assemble", help="towers and tokenizer to a checkpoint that stage 1 starts from")
     for name in ("data", "vision_tower", "gen_vision_tower", "output"):
         first.add_argument(f"--{name}", type=Path, required=True)
     first.add_argument("--gen_head_type", choices=("mlp", "linear", "flow"), default="flow")
     first.add_argument("--seed", type=int, default=0)
+    first.set_defaults(command=assemble)
     last = commands.add_parser("finish", help="a trained checkpoint and a trained decoder to one folder")
     for name in ("checkpoint", "decoder", "output"):
         last.add_argument(f"--{name}", type=Path, required=True)
+    last.set_defaults(command=finish)
     arguments = vars(parser.parse_args())
-    {"assemble": assemble, "finish": finish}[arguments.pop("command")](**arguments)
+    arguments.pop("command")(**arguments)
 
 
 if __name__ == "__main__":

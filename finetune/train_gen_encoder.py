@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
 from finetune.trainer import Metrics, RunArguments, full_precision_attention, run_evaluation, train, write_results
@@ -151,10 +151,11 @@ class GenEncoderTraining(nn.Module):
         self.run = run
         self.num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
         num_vectors = self.num_patches // run.pool_stride**2
-        self.standardize = nn.BatchNorm1d(tower.config.output_size, affine=False)
+        width = tower.config.output_size or tower.config.hidden_size
+        self.standardize = nn.BatchNorm1d(width, affine=False)
         self.decoder = PatchDecoder(tower.config)
-        self.contrast = CaptionContrast(num_vectors * tower.config.output_size)
-        self.locate = nn.Linear(tower.config.output_size, num_vectors)
+        self.contrast = CaptionContrast(num_vectors * width)
+        self.locate = nn.Linear(width, num_vectors)
 
     def vectors_of(self, pixel_values: torch.Tensor, patch_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(I, M, Dg), standardised per channel over the batch (over the past in eval mode)."""
@@ -185,7 +186,7 @@ class GenEncoderTraining(nn.Module):
 
 @torch.no_grad()
 def pooled_vectors(
-    tower: PiscesGenVisionModel, pictures: torch.Tensor, stride: int, batch_size: int = 256
+    tower: PreTrainedModel, pictures: torch.Tensor, stride: int, batch_size: int = 256
 ) -> torch.Tensor:
     """Encode uint8 pictures (I, 3, H, W) to pooled vectors (I, M, Dg) on the CPU."""
     was_training = tower.training
@@ -198,18 +199,35 @@ def pooled_vectors(
     return torch.cat(batches)
 
 
-@torch.no_grad()
-def whiten_output(tower: PiscesGenVisionModel, pictures: torch.Tensor, stride: int) -> None:
-    """Fold each channel's mean and standard deviation over `pictures` into the output projection.
-
-    Afterwards the pooled vectors of these pictures have mean 0 and standard deviation 1 per channel, exactly: pooling
-    and projection are linear.
+def last_affine(tower: nn.Module) -> nn.Module:
+    """The layer whose weight and bias scale and shift a tower's output: our projection, or SigLIP's final norm.
 
     Raises:
-        ValueError: the tower has no output projection, or a channel never changes.
+        ValueError: the tower has neither.
     """
-    if tower.config.output_size is None:
+    if hasattr(tower, "output_projection") and tower.config.output_size is None:
         raise ValueError("the tower has output_size None, so there is no projection to fold into. Set output_size.")
+    layers = {name.rpartition(".")[2]: layer for name, layer in tower.named_modules()}
+    found = layers.get("output_projection") or layers.get("post_layernorm")
+    if found is None:
+        raise ValueError(
+            f"{type(tower).__name__} ends in neither an output_projection nor a post_layernorm to fold into. Take a "
+            "PiscesGenVisionModel with an output_size, or a SigLIP tower."
+        )
+    return found
+
+
+@torch.no_grad()
+def whiten_output(tower: PreTrainedModel, pictures: torch.Tensor, stride: int) -> None:
+    """Fold each channel's mean and standard deviation over `pictures` into the tower's last affine layer.
+
+    Afterwards the pooled vectors of these pictures have mean 0 and standard deviation 1 per channel, exactly: pooling
+    is linear.
+
+    Raises:
+        ValueError: the tower has no layer to fold into, or a channel never changes.
+    """
+    last = last_affine(tower)
     vectors = pooled_vectors(tower, pictures, stride).double().flatten(0, 1)
     std, mean = torch.std_mean(vectors, dim=0, correction=0)
     if std.min() < 1e-6:
@@ -217,10 +235,10 @@ def whiten_output(tower: PiscesGenVisionModel, pictures: torch.Tensor, stride: i
             f"channel {int(std.argmin())} of the vectors is constant over {len(pictures)} pictures, so it cannot get "
             "standard deviation 1. Train the tower longer, or with a smaller output_size."
         )
-    projection = tower.output_projection
-    weight, bias = projection.weight.double().cpu() / std[:, None], (projection.bias.double().cpu() - mean) / std
-    projection.weight.copy_(weight)
-    projection.bias.copy_(bias)
+    scale = std if last.weight.ndim == 1 else std[:, None]  # a norm has one weight per channel, a projection a row
+    weight, bias = last.weight.double().cpu() / scale, (last.bias.double().cpu() - mean) / std
+    last.weight.copy_(weight)
+    last.bias.copy_(bias)
 
 
 def caption_phrases(captions: list[list[str]]) -> torch.Tensor:

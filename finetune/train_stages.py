@@ -31,7 +31,6 @@ from modeling_pisces import PiscesForConditionalGeneration
 class StageArguments(RunArguments):
     """Flags of one stage; those of `RunArguments` keep their meaning, `batch_size` is the rows of one block."""
 
-    data: str = field(kw_only=True, metadata={"help": "data folder written by `python -m finetune.scenes`"})
     checkpoint: str = field(default="", metadata={"help": "checkpoint folder to start from"})
     stage: str = field(default="pretrain", metadata={"help": "pretrain, detail, instruct or review"})
     pattern: str = field(
@@ -88,7 +87,7 @@ def encoded_pictures(model, processor, folder: Path) -> torch.Tensor:
 
     The towers are frozen, so one pass serves all stages: they are kept in the folder, under the tower's name.
     """
-    paths = [folder / row["image"] for row in read_rows(folder)]
+    paths = [row["image"] for row in read_rows(folder)]
     made_with = json.dumps(fingerprint("gen_vectors", model, processor), sort_keys=True)
     cache = PictureCache(folder / f"gen_vectors-{hashlib.sha256(made_with.encode()).hexdigest()[:16]}")
     precompute(model, processor, paths, cache, "gen_vectors", batch_size=256)
@@ -149,7 +148,7 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
     model.config.gen_input_noise = run.input_noise
     arguments = training_arguments(run)
     with arguments.main_process_first(desc="encoding pictures"):
-        vectors = encoded_pictures(model, processor, Path(run.data))
+        vectors = torch.cat([encoded_pictures(model, processor, Path(folder)) for folder in run.data])
     rows = StageConversations(
         run.data,
         run.stage,

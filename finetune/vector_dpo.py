@@ -104,7 +104,7 @@ class PiscesVectorDPOTrainer(PiscesSFTTrainer):
         train_dataset: pairs by index; the other arguments are those of `PiscesSFTTrainer`.
 
     Raises:
-        ValueError: `sigma` was given for a "flow" head.
+        ValueError: `sigma` was given for a "flow" head, or the head was trained by cosine.
     """
 
     _name = "Pisces vector DPO"
@@ -117,6 +117,11 @@ class PiscesVectorDPOTrainer(PiscesSFTTrainer):
         if config.gen_head_type == "flow" and args.sigma is not None:
             raise ValueError(
                 f"--sigma {args.sigma} means nothing to a flow head, whose noise has spread 1. Leave it out."
+            )
+        if config.gen_loss_type != "mse":
+            raise ValueError(
+                f"the checkpoint's gen_loss_type is {config.gen_loss_type!r}, expected 'mse': without a squared error a "
+                "vector has no likelihood to prefer. Train its head with 'mse' first."
             )
         if config.gen_head_type != "flow" and args.sigma is None:
             args.sigma = self.measure_sigma()

@@ -195,6 +195,8 @@ class PiscesConfig(PreTrainedConfig):
         multimodal_projector_bias: whether the understanding projector has biases.
         gen_head_type: "mlp" regresses the next vector (the paper), "linear" does so with one layer, "flow" samples it
             with a small flow-matching network.
+        gen_loss_type: loss of a regression head. "mse" is the squared error (the paper); "cosine" is 1 - cosine, which
+            leaves the length of a vector open: drawn ones get sqrt(Dg), that of vectors with standard deviation 1.
         gen_flow_hidden_size: width of the flow network; None takes the text width.
         gen_flow_num_layers: residual blocks of the flow network.
         gen_flow_num_steps: Euler steps that sample one vector, unless `generate` is told otherwise.
@@ -233,6 +235,7 @@ class PiscesConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     gen_head_type: Literal["mlp", "linear", "flow"] = "mlp"
+    gen_loss_type: Literal["mse", "cosine"] = "mse"
     gen_flow_hidden_size: int | None = None
     gen_flow_num_layers: int = 3
     gen_flow_num_steps: int = 16
@@ -291,12 +294,22 @@ class PiscesConfig(PreTrainedConfig):
             return 0
         return getattr(self.gen_vision_config, "output_size", None) or self.gen_vision_config.hidden_size
 
+    @property
+    def image_loss_is_squared_error(self) -> bool:
+        """Whether the image loss is the squared error of the vectors, so that R^2 and a Gaussian's spread follow."""
+        return self.gen_head_type != "flow" and self.gen_loss_type == "mse"
+
     def validate_architecture(self):
         """Refuse combinations that cannot work, naming the values."""
         self._validate_pooling()
         self._validate_token_ids()
         self._validate_feature_layers()
         _validate_activation("projector_hidden_act", self.projector_hidden_act)
+        if self.gen_head_type == "flow" and self.gen_loss_type != "mse":
+            raise ValueError(
+                f"gen_loss_type {self.gen_loss_type!r} has no meaning for gen_head_type 'flow', which learns a velocity. "
+                "Leave it at 'mse', or choose a regression head ('mlp' or 'linear')."
+            )
         if self.gen_flow_num_steps < 1 or self.gen_flow_num_layers < 1 or self.gen_flow_num_samples < 1:
             raise ValueError(
                 f"gen_flow_num_steps {self.gen_flow_num_steps}, gen_flow_num_layers {self.gen_flow_num_layers} and "

@@ -34,13 +34,14 @@ class PiscesProjector(nn.Module):
 
 
 class PiscesRegressionHead(nn.Module):
-    """Hidden state to the next vector; the paper's head, trained by mean squared error."""
+    """Hidden state to the next vector; the paper's head, trained by mean squared error, or by cosine."""
 
     is_stochastic = False
 
     def __init__(self, config: PiscesConfig):
         super().__init__()
         width = config.text_config.hidden_size
+        self.loss_type = config.gen_loss_type
         self.mlp = None
         if config.gen_head_type == "mlp":
             self.mlp = nn.Sequential(nn.Linear(width, width), ACT2FN[config.projector_hidden_act])
@@ -51,12 +52,18 @@ class PiscesRegressionHead(nn.Module):
         return self.output(hidden if self.mlp is None else self.mlp(hidden))
 
     def loss_per_vector(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Squared error of each vector, mean over its elements: (n, D), (n, Dg) -> (n,) in fp32."""
-        return (self(hidden).float() - targets.float()).square().mean(-1)
+        """Squared error of each vector, mean over its elements, or 1 - cosine: (n, D), (n, Dg) -> (n,) in fp32."""
+        predicted, targets = self(hidden).float(), targets.float()
+        if self.loss_type == "cosine":
+            return 1 - nn.functional.cosine_similarity(predicted, targets, dim=-1)
+        return (predicted - targets).square().mean(-1)
 
     def sample(self, hidden: torch.Tensor, noise: torch.Tensor | None = None, num_steps: int | None = None):
         """(n, D) -> (n, Dg). `noise` and `num_steps` have no meaning for a regression and are refused upstream."""
-        return self(hidden)
+        vectors = self(hidden)
+        if self.loss_type == "cosine":  # only the direction was learned
+            vectors = nn.functional.normalize(vectors, dim=-1) * math.sqrt(vectors.shape[-1])
+        return vectors
 
 
 class PiscesFlowBlock(nn.Module):

@@ -34,11 +34,11 @@ class PiscesCausalLMOutputWithPast(ModelOutput):
         image_loss: the head's squared error, mean over elements of labelled vectors.
         text_loss_sum: sum of the cross entropy over labelled text tokens.
         num_text_tokens: number of labelled text tokens.
-        image_loss_sum: sum over labelled vectors of their mean squared error.
+        image_loss_sum: sum over labelled vectors of their image loss; for "mse" the mean squared error of a vector.
         num_image_vectors: number of labelled vectors.
         image_target_mean: (Dg,) mean of the labelled vectors; with it the variances of several batches add up.
         image_target_variance: variance of the labelled vectors about their per-channel mean; what predicting that mean
-            would score, so that R^2 = 1 - image_loss / image_target_variance for a regression head.
+            would score, so that R^2 = 1 - image_loss / image_target_variance for a regression by "mse".
         logits: (B, T, vocabulary), or None where `skip_logits` left them out.
         image_loss_per_vector: (labelled vectors,) what `image_loss_sum` is the sum of, in reading order.
     """

@@ -43,7 +43,7 @@ def start(data, tmp_path_factory) -> Path:
 
 def run_arguments(start: Path, data: Path, output: Path, **settings) -> StageArguments:
     settings = {"max_steps": 4, "batch_size": 4, "warmup_steps": 1, "log_steps": 1, "save_steps": 2, **settings}
-    return StageArguments(checkpoint=str(start), data=str(data), output=str(output), **settings)
+    return StageArguments(checkpoint=str(start), data=[str(data)], output=str(output), **settings)
 
 
 def test_a_row_depends_on_seed_stage_and_index_alone(data):
@@ -199,6 +199,7 @@ def test_two_processes_train_as_one_that_takes_the_blocks_of_both(start, data, t
     settings = {"new_head": "mlp", "input_noise": 0.0, "learning_rate": 1e-3, "max_steps": 3}
     train_stage(run_arguments(start, data, tmp_path / "one", pattern="ugug", **settings))
     flags = vars(run_arguments(start, data, tmp_path / "two", pattern="ug", **settings))
+    flags["data"] = str(data)
     flags = [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launcher, "-m", "finetune.train_stages", *flags], cwd=ROOT, check=True, capture_output=True)
