@@ -2,7 +2,8 @@
 
 `python -m finetune.tiny assemble` reads the towers that stage 0 trained and writes the checkpoint that the three
 stages start from; `python -m finetune.tiny finish` adds the decoder to the last stage's checkpoint. The order of all
-commands, with their settings, stands in `finetune/tiny.sh`.
+commands, with their settings, stands in `finetune/tiny.sh`. `python -m finetune.tiny towers` takes the towers out of a
+checkpoint again, to start from them without stage 0; `evaluation.study` does so.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from transformers import (
 )
 
 from finetune.conversations import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
+from finetune.picture_data import load_pictures
+from finetune.train_gen_encoder import whiten_output
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
 
 
@@ -30,6 +33,7 @@ SPECIAL_TOKENS = (
     *("<|image|>", "<|gen_image|>", "<|gen_start|>", "<|gen_end|>"),
 )
 VOCABULARY_SIZE = 512
+WHITENING_PICTURES = 2048
 IMAGE_SIZE = 64
 # chosen on new pictures of shown combinations, see docs/tiny.md; above 0, so that seeds differ
 IMAGE_TEMPERATURE = 0.3
@@ -122,16 +126,23 @@ def make_processor(tokenizer: PreTrainedTokenizerFast, config: PiscesConfig) -> 
 
 
 def make_config(
-    tokenizer: PreTrainedTokenizerFast, vision_config, gen_vision_config, gen_head_type: str
+    tokenizer: PreTrainedTokenizerFast,
+    vision_config,
+    gen_vision_config,
+    hidden_size: int = 192,
+    num_hidden_layers: int = 6,
+    gen_pool_stride: int = 2,
+    **settings,
 ) -> PiscesConfig:
+    """The configuration of pisces-tiny; `settings` are further fields of `PiscesConfig`."""
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
     text_config = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size // 12 * 32,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 32,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         bos_token_id=ids["<|begin_of_text|>"],
@@ -142,27 +153,43 @@ def make_config(
         text_config=text_config,
         vision_config=vision_config,
         gen_vision_config=gen_vision_config,
-        gen_pool_stride=2,
-        gen_head_type=gen_head_type,
-        gen_flow_hidden_size=192,
+        gen_pool_stride=gen_pool_stride,
+        gen_flow_hidden_size=hidden_size,
         gen_flow_num_layers=3,
         gen_flow_num_steps=16,
         image_token_id=ids["<|image|>"],
         gen_image_token_id=ids["<|gen_image|>"],
         gen_start_token_id=ids["<|gen_start|>"],
         gen_end_token_id=ids["<|gen_end|>"],
+        **settings,
     )
 
 
 def assemble(
-    data: Path, vision_tower: Path, gen_vision_tower: Path, output: Path, gen_head_type: str, seed: int
+    data: Path,
+    vision_tower: Path,
+    gen_vision_tower: Path,
+    output: Path,
+    gen_head_type: str,
+    seed: int,
+    whiten: bool = False,
+    **settings,
 ) -> None:
-    """Write the first checkpoint: trained towers, everything else at its random start."""
+    """Write the first checkpoint: trained towers, everything else at its random start.
+
+    Args:
+        data: data folder whose texts make the tokenizer.
+        vision_tower, gen_vision_tower: tower folders; one folder may serve as both.
+        whiten: give the pooled vectors mean 0 and standard deviation 1 per channel over the first pictures of `data`.
+        settings: of `make_config`.
+    """
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(scene_texts(data))
     vision = AutoModel.from_pretrained(vision_tower)
     gen_vision = AutoModel.from_pretrained(gen_vision_tower)
-    config = make_config(tokenizer, vision.config, gen_vision.config, gen_head_type)
+    config = make_config(tokenizer, vision.config, gen_vision.config, gen_head_type=gen_head_type, **settings)
+    if whiten:
+        whiten_output(gen_vision, load_pictures(data, WHITENING_PICTURES).pictures, config.gen_pool_stride)
     model = PiscesForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision.state_dict())
     model.model.gen_vision_tower.load_state_dict(gen_vision.state_dict())
@@ -170,6 +197,14 @@ def assemble(
     model.generation_config.update(max_new_tokens=64, **ends)
     model.save_pretrained(output)
     make_processor(tokenizer, config).save_pretrained(output)
+
+
+def split_towers(checkpoint: Path, output: Path) -> None:
+    """Write both towers of a checkpoint as folders of their own, `vision_tower` and `gen_vision_tower`."""
+    model = PiscesForConditionalGeneration.from_pretrained(checkpoint)
+    for name in ("vision_tower", "gen_vision_tower"):
+        getattr(model.model, name).save_pretrained(output / name)
+        forget_paths(output / name / "config.json")
 
 
 def forget_paths(path: Path) -> None:
@@ -226,8 +261,20 @@ def main() -> None:
     for name in ("data", "vision_tower", "gen_vision_tower", "output"):
         first.add_argument(f"--{name}", type=Path, required=True)
     first.add_argument("--gen_head_type", choices=("mlp", "linear", "flow"), default="flow")
+    first.add_argument("--gen_loss_type", choices=("mse", "cosine"), default="mse", help="loss of a regression head")
+    first.add_argument("--gen_pool_stride", type=int, default=2, help="patches per side of a generated vector")
+    first.add_argument("--whiten", action="store_true", help="fold mean and deviation of the vectors into the tower")
+    first.add_argument(
+        "--vision_feature_layer", type=int, help="layer to understand from; default: the tower's output"
+    )
+    first.add_argument("--hidden_size", type=int, default=192, help="width of the language model, a multiple of 32")
+    first.add_argument("--num_hidden_layers", type=int, default=6, help="layers of the language model")
     first.add_argument("--seed", type=int, default=0)
     first.set_defaults(command=assemble)
+    split = commands.add_parser("towers", help="the two towers of a checkpoint to folders that assemble reads")
+    for name in ("checkpoint", "output"):
+        split.add_argument(f"--{name}", type=Path, required=True)
+    split.set_defaults(command=split_towers)
     last = commands.add_parser("finish", help="a trained checkpoint and a trained decoder to one folder")
     for name in ("checkpoint", "decoder", "output"):
         last.add_argument(f"--{name}", type=Path, required=True)

@@ -185,9 +185,7 @@ class GenEncoderTraining(nn.Module):
 
 
 @torch.no_grad()
-def pooled_vectors(
-    tower: PreTrainedModel, pictures: torch.Tensor, stride: int, batch_size: int = 256
-) -> torch.Tensor:
+def pooled_vectors(tower: PreTrainedModel, pictures: torch.Tensor, stride: int, batch_size: int = 256) -> torch.Tensor:
     """Encode uint8 pictures (I, 3, H, W) to pooled vectors (I, M, Dg) on the CPU."""
     was_training = tower.training
     tower.eval()

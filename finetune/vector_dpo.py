@@ -120,8 +120,8 @@ class PiscesVectorDPOTrainer(PiscesSFTTrainer):
             )
         if config.gen_loss_type != "mse":
             raise ValueError(
-                f"the checkpoint's gen_loss_type is {config.gen_loss_type!r}, expected 'mse': without a squared error a "
-                "vector has no likelihood to prefer. Train its head with 'mse' first."
+                f"the checkpoint's gen_loss_type is {config.gen_loss_type!r}, expected 'mse': without a squared error "
+                "a vector has no likelihood to prefer. Train its head with 'mse' first."
             )
         if config.gen_head_type != "flow" and args.sigma is None:
             args.sigma = self.measure_sigma()

@@ -307,8 +307,8 @@ class PiscesConfig(PreTrainedConfig):
         _validate_activation("projector_hidden_act", self.projector_hidden_act)
         if self.gen_head_type == "flow" and self.gen_loss_type != "mse":
             raise ValueError(
-                f"gen_loss_type {self.gen_loss_type!r} has no meaning for gen_head_type 'flow', which learns a velocity. "
-                "Leave it at 'mse', or choose a regression head ('mlp' or 'linear')."
+                f"gen_loss_type {self.gen_loss_type!r} has no meaning for gen_head_type 'flow', which learns a "
+                "velocity. Leave it at 'mse', or choose a regression head ('mlp' or 'linear')."
             )
         if self.gen_flow_num_steps < 1 or self.gen_flow_num_layers < 1 or self.gen_flow_num_samples < 1:
             raise ValueError(

@@ -241,6 +241,11 @@ def test_numbers_out_of_range_are_refused(settings, tmp_path):
         make_trainer(tmp_path, **settings)
 
 
+def test_a_head_trained_by_cosine_has_no_likelihood_to_prefer(tmp_path):
+    with pytest.raises(ValueError, match=r"gen_loss_type is 'cosine', expected 'mse'"):
+        make_trainer(tmp_path, model=make_adapted(gen_loss_type="cosine"))
+
+
 def test_sigma_means_nothing_to_a_flow_head(tmp_path):
     with pytest.raises(ValueError, match=r"--sigma 0.5 means nothing to a flow head"):
         make_trainer(tmp_path, model=make_adapted(gen_head_type="flow"), sigma=0.5)

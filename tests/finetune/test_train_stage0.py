@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import SiglipVisionModel
+from transformers import AutoModel, Dinov2Config, SiglipVisionConfig, SiglipVisionModel
 
 from finetune import train_gen_encoder, train_vision
 from finetune.picture_data import TensorRows, edge_strength, load_pictures, patch_labels, to_pixel_values, to_uint8
@@ -142,6 +142,22 @@ def test_whitening_is_the_standardisation_of_the_old_vectors(scenes):
     whiten_output(tower, pictures, stride=2)
     std, mean = torch.std_mean(before, dim=(0, 1), correction=0)
     torch.testing.assert_close(pooled_vectors(tower, pictures, stride=2), (before - mean) / std, atol=1e-4, rtol=0)
+
+
+def test_a_siglip_tower_is_whitened_in_its_last_norm(scenes):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower = SiglipVisionModel(SiglipVisionConfig(image_size=64, patch_size=8, vision_use_head=False, **sizes))
+    pictures = load_pictures(scenes).pictures
+    before = pooled_vectors(tower, pictures, stride=4)
+    whiten_output(tower, pictures, stride=4)
+    std, mean = torch.std_mean(before, dim=(0, 1), correction=0)
+    torch.testing.assert_close(pooled_vectors(tower, pictures, stride=4), (before - mean) / std, atol=1e-3, rtol=0)
+
+
+def test_a_tower_that_ends_otherwise_cannot_be_whitened():
+    tower = AutoModel.from_config(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(ValueError, match="Dinov2Model ends in neither an output_projection nor a post_layernorm"):
+        whiten_output(tower, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), stride=2)
 
 
 def make_tower(**overrides):

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMultimodalLM, AutoProcessor, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from finetune import tiny
 from finetune.conversations import PiscesDataCollator, StageConversations, _sample_questions
+from finetune.picture_data import load_pictures, to_pixel_values
 from finetune.scenes import write_scenes
 from finetune.train_stages import StageArguments, train_stage
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
@@ -39,6 +40,27 @@ def start(data, tmp_path_factory) -> Path:
     PiscesGenVisionModel(gen_vision).save_pretrained(folder / "gen_vision")
     tiny.assemble(data, folder / "vision", folder / "gen_vision", folder / "checkpoint", "flow", seed=0)
     return folder / "checkpoint"
+
+
+@pytest.mark.parametrize("both", ["vision_tower", "gen_vision_tower"])
+def test_one_tower_can_serve_both_sides(data, start, tmp_path, both):
+    """Either tower for both; drawn vectors are whitened, and reading them starts from the layer that is named."""
+    tiny.split_towers(start, tmp_path)
+    layer = {"vision_tower": None, "gen_vision_tower": -1}[both]
+    towers = (tmp_path / both, tmp_path / both, tmp_path / "out")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "gen_pool_stride": 4, "gen_loss_type": "cosine"}
+    tiny.assemble(data, *towers, "mlp", seed=0, whiten=True, vision_feature_layer=layer, **sizes)
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out").eval()
+    assert model.config.num_gen_image_tokens == 1 and model.config.text_config.hidden_size == 64
+    assert model.config.gen_loss_type == model.model.gen_head.loss_type == "cosine"
+    pictures = to_pixel_values(load_pictures(data).pictures)
+    vectors = model.encode_gen_images(pictures).flatten(0, 1)
+    torch.testing.assert_close(vectors.std(0, correction=0), torch.ones(vectors.shape[1]), atol=1e-3, rtol=0)
+    tower = AutoModel.from_pretrained(tmp_path / both).eval()
+    with torch.no_grad():
+        seen = tower(pictures, output_hidden_states=True)
+    expected = seen.last_hidden_state if layer is None else seen.hidden_states[layer]
+    assert expected.shape[-1] == 16 and torch.equal(model.encode_images(pictures), expected)
 
 
 def run_arguments(start: Path, data: Path, output: Path, **settings) -> StageArguments:

@@ -64,6 +64,7 @@ def test_understanding_only_config_has_no_generated_vectors():
             "vision_feature_layer": [-2, -1],
             "gen_input_noise": 0.1,
         },
+        {"gen_loss_type": "cosine"},
         {"text_config": {"model_type": "gemma2", "vocab_size": 320, "hidden_size": 32}},  # tied
     ],
 )
@@ -126,6 +127,8 @@ SIGLIP2 = {"model_type": "siglip2_vision_model"}
         ({"vision_feature_select_strategy": "cls"}, ["vision_feature_select_strategy", "default", "full", "cls"]),
         ({"gen_head_type": "diffusion"}, ["gen_head_type", "mlp", "linear", "flow", "diffusion"]),
         ({"projector_hidden_act": "gleu"}, ["projector_hidden_act 'gleu'", "gelu"]),
+        ({"gen_loss_type": "l1"}, ["gen_loss_type", "mse", "cosine", "l1"]),
+        ({"gen_loss_type": "cosine", "gen_head_type": "flow"}, ["gen_loss_type 'cosine'", "'flow'", "'mlp'"]),
         ({"gen_flow_num_steps": 0}, ["gen_flow_num_steps 0", "at least 1"]),
         ({"gen_flow_hidden_size": 0}, ["gen_flow_hidden_size is 0", "at least 1"]),
         ({"image_loss_weight": -1.0}, ["image_loss_weight is -1.0", ">= 0"]),

@@ -96,6 +96,21 @@ def test_image_target_variance_is_the_error_of_predicting_the_mean():
     torch.testing.assert_close(out.image_target_variance, expected, rtol=1e-5, atol=0)
 
 
+def test_cosine_loss_equals_a_plain_loop_and_draws_vectors_of_length_root_dg():
+    """The direction alone is learned, so a drawn vector has the length of a whitened one."""
+    model = make_model(gen_loss_type="cosine")
+    head, hidden, targets = model.model.gen_head, torch.randn(3, 32), torch.randn(3, 12)
+    losses = head.loss_per_vector(hidden, targets).detach()
+    for state, target, loss in zip(hidden, targets, losses, strict=True):
+        found = head(state).detach()
+        cosine = (found @ target) / (found.norm() * target.norm())
+        assert float(loss) == pytest.approx(1 - float(cosine), abs=1e-6)
+    drawn = model.model.predict_gen_vectors(hidden)
+    torch.testing.assert_close(drawn.norm(dim=-1), torch.full((3,), 12**0.5))
+    torch.testing.assert_close(head.loss_per_vector(hidden, drawn), torch.zeros(3), atol=1e-6, rtol=0)
+    assert not model.config.image_loss_is_squared_error and make_model().config.image_loss_is_squared_error
+
+
 def test_flow_loss_is_repeatable_in_evaluation_and_random_in_training():
     model = make_model(gen_head_type="flow")
     losses = [float(model(**BATCHES["generation"]).image_loss) for _ in range(2)]
