@@ -1,65 +1,101 @@
-"""Writes the results section of the model card from results files; nobody types a number there.
+"""The generated parts of a page: tables of a model card and one sentence for the README, from results files.
 
-`python -m evaluation.card --results results/pisces-tiny.json --card model_card.md` replaces what stands between the
-two markers; with `--check` it only compares, and fails if the card says something else. The results come from
-`evaluation.scenes`.
+`evaluation.report card` calls it. A page says with a pair of markers what it wants: `results` is replaced by every
+table and picture, `claims` by one sentence. The results files are those of `evaluation.scenes`: one of held-out
+combinations, and one of shown combinations beside it if there is one. Plots are left to `evaluation.plots`.
 """
 
-import argparse
 import json
-import sys
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
-BEGIN = "<!-- results: begin, written by evaluation/card.py -->"
-END = "<!-- results: end -->"
+WRITER = "python -m evaluation.report"
+SHOWN = "shown combinations"  # the last column, where there is a file of them
 
 
-def percent(item: dict[str, float]) -> str:
-    """A share with its 95 % interval, as in `0.913 (0.90-0.92)`."""
-    return f"{item['value']:.3f} ({item['low']:.2f}-{item['high']:.2f})"
+class Sources(NamedTuple):
+    """Results files of one checkpoint, by path: of held-out combinations, and of shown ones or None."""
+
+    heldout: Path
+    shown: Path | None = None
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def read_scenes(path: Path) -> dict[str, Any]:
+    """A results file of `evaluation.scenes`.
+
+    Raises:
+        ValueError: not there, not JSON, or of another benchmark.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no results file ({error}). Write one: python -m evaluation.scenes.") from error
+    found = results.get("benchmark") if isinstance(results, dict) else None
+    if found != "scenes":
+        raise ValueError(f"{path}: a file of the benchmark {found!r}, the card takes those of evaluation.scenes.")
+    return results
+
+
+def sheet_of(results: Path) -> Path:
+    """The sheet of drawings that `evaluation.scenes` wrote beside a results file."""
+    return results.with_name(results.stem + "_drawings.png")
+
+
+def plot_of(results: Path) -> Path:
+    """Where the plot of a results file belongs."""
+    return results.with_name(results.stem + "_scores.png")
+
+
+def percent(item: dict[str, float] | None) -> str:
+    """A share with its 95 % interval, as in `0.913 (0.90-0.92)`; empty where a results file has none."""
+    return f"{item['value']:.3f} ({item['low']:.2f}-{item['high']:.2f})" if item else ""
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def understanding(results: dict[str, Any]) -> str:
-    plain, reworded = results["understanding_question"], results["understanding_paraphrase"]
-    names = list(plain["types"])
-    rows = [(name, percent(plain["types"][name]), percent(reworded["types"][name])) for name in names]
-    rows.append(("**overall**", percent(plain["overall"]), percent(reworded["overall"])))
-    return table(("questions about", "plain words", "other words"), rows)
+def words(name: str) -> str:
+    return name.replace("_", " ")
 
 
-def drawing(results: dict[str, Any]) -> str:
-    plain, reworded = results["drawing_prompt"], results["drawing_paraphrase"]
-    rows = [
-        (n.replace("_", " "), percent(plain["categories"][n]), percent(reworded["categories"][n]))
-        for n in plain["categories"]
-    ]
-    rows.append(("**overall** (mean)", f"{plain['overall']:.3f}", f"{reworded['overall']:.3f}"))
-    rows += [
-        (f"of all: {n} right", percent(plain["attributes"][n]), percent(reworded["attributes"][n]))
-        for n in plain["attributes"]
-    ]
-    return table(("prompts", "plain words", "other words"), rows)
+def rows_of(columns: list[dict[str, Any]], label: str = "{}") -> list[tuple[str, ...]]:
+    """A row for each name in the first column, with its share in every column."""
+    return [(label.format(words(name)), *(percent(part.get(name)) for part in columns)) for name in columns[0]]
 
 
-def reconstruction(results: dict[str, Any]) -> str:
-    return table(("reconstruction", "right"), [(n, percent(item)) for n, item in results["reconstruction"].items()])
+def understanding(heldout: dict[str, Any], shown: dict[str, Any] | None) -> str:
+    parts = [heldout["understanding_question"], heldout["understanding_paraphrase"]]
+    parts += [shown["understanding_question"]] if shown else []
+    rows = rows_of([part["types"] for part in parts])
+    rows += rows_of([{"**overall**": part["overall"]} for part in parts])
+    return table(("questions about", "plain words", "other words", SHOWN)[: len(parts) + 1], rows)
 
 
-def interleaved(results: dict[str, Any]) -> str:
-    """Empty for results of before this was measured."""
-    if "interleaved" not in results:
-        return ""
-    part = results["interleaved"]
-    rows = [(name.replace("_", " "), percent(item)) for name, item in part["categories"].items()]
-    rows.append(("**overall** (mean)", f"{part['overall']:.3f}"))
-    return table(("its own drawing of", "described right in the next turn"), rows)
+def drawing(heldout: dict[str, Any], shown: dict[str, Any] | None) -> str:
+    parts = [heldout["drawing_prompt"], heldout["drawing_paraphrase"], *([shown["drawing_prompt"]] if shown else [])]
+    rows = [*rows_of([part["categories"] for part in parts]), mean_row(parts)]
+    rows += rows_of([part["attributes"] for part in parts], "of all: {} right")
+    return table(("prompts", "plain words", "other words", SHOWN)[: len(parts) + 1], rows)
+
+
+def reconstruction(heldout: dict[str, Any], shown: dict[str, Any] | None) -> str:
+    parts = [part["reconstruction"] for part in (heldout, shown) if part]
+    return table(("reconstruction", "right", SHOWN)[: len(parts) + 1], rows_of(parts))
+
+
+def interleaved(heldout: dict[str, Any], shown: dict[str, Any] | None) -> str:
+    parts = [part["interleaved"] for part in (heldout, shown) if part]
+    header = ("its own drawing of", "described right in the next turn", SHOWN)
+    return table(header[: len(parts) + 1], [*rows_of([part["categories"] for part in parts]), mean_row(parts)])
+
+
+def mean_row(parts: list[dict[str, Any]]) -> tuple[str, ...]:
+    return ("**overall** (mean)", *(f"{part['overall']:.3f}" for part in parts))
 
 
 def answers(path: Path, limit: int = 12) -> str:
@@ -70,49 +106,83 @@ def answers(path: Path, limit: int = 12) -> str:
     return table(("question", "answer", ""), marked)
 
 
-def results_section(path: Path) -> str:
-    """The section as Markdown, from a results file and the files beside it."""
-    results = json.loads(path.read_text(encoding="utf-8"))
+def link_picture(name: str, path: Path, page: Path) -> str:
+    return f"![{name}]({Path(os.path.relpath(path, page.parent)).as_posix()})"
+
+
+def measured_with(results: dict[str, Any]) -> str:
     run = results["run"]
-    sheet = path.with_name(path.stem + "_drawings.png")
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))
+    return f"`{run['command']}` at commit {run['commit']}, on {run['hardware']}, {versions}"
+
+
+def results_section(sources: Sources, page: Path) -> str:
+    """Every table, the plot, the drawings and a sample of answers, as Markdown whose links work from `page`."""
+    heldout = read_scenes(sources.heldout)
+    shown = read_scenes(sources.shown) if sources.shown else None
     parts = [
-        f"{run['protocol']} In brackets: 95 % intervals. Measured with `{run['command']}` on {run['hardware']}, "
-        f"transformers {run['versions']['transformers']}, torch {run['versions']['torch']}.",
-        understanding(results),
-        drawing(results),
-        reconstruction(results),
-        interleaved(results),
-        f"Drawings, the first of each prompt; an x marks a wrong one:\n\n![drawings]({sheet.as_posix()})",
-        "Answers, a sample:\n\n" + answers(path.with_name(path.stem + "_answers.json")),
+        f"{heldout['run']['protocol']} In brackets: 95 % intervals.",
+        f"Measured with {measured_with(heldout)}.",
+        f"Shown combinations, on new pictures and prompts: {measured_with(shown)}." if shown else "",
+        link_picture("scores with intervals", plot_of(sources.heldout), page),
+        understanding(heldout, shown),
+        drawing(heldout, shown),
+        reconstruction(heldout, shown),
+        interleaved(heldout, shown),
+        "Drawings, the first of each prompt; an x marks a wrong one:",
+        link_picture("drawings", sheet_of(sources.heldout), page),
+        "Answers, a sample:\n\n" + answers(sources.heldout.with_name(sources.heldout.stem + "_answers.json")),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
-def replace_section(card: str, section: str) -> str:
-    """The card with a new section between the markers.
+def weakest(parts: dict[str, dict[str, float]], number: int = 2) -> str:
+    lowest = sorted(parts, key=lambda name: (parts[name]["value"], name))[:number]
+    return "weakest: " + ", ".join(f"{words(name)} {parts[name]['value']:.2f}" for name in lowest)
+
+
+def claims_section(sources: Sources, page: Path) -> str:
+    """One sentence that tells how good the checkpoint is, its weak sides included."""
+    results = read_scenes(sources.heldout)
+    questions, drawings = results["understanding_question"], results["drawing_prompt"]
+    return "\n".join(
+        [
+            f"On held-out combinations of its toy world it answers {questions['overall']['value']:.2f} of the "
+            f"questions exactly ({weakest(questions['types'])}),",
+            f"reconstructs {results['reconstruction']['strict']['value']:.2f} of the pictures with every object "
+            f"right, and draws {drawings['overall']:.2f} of the prompts with everything right",
+            f"({weakest(drawings['categories'])}).",
+        ]
+    )
+
+
+SECTIONS: dict[str, Callable[[Sources, Path], str]] = {"results": results_section, "claims": claims_section}
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The two lines between which a section stands."""
+    return f"<!-- {name}: begin, written by {WRITER} -->", f"<!-- {name}: end -->"
+
+
+def replace_section(text: str, begin: str, end: str, section: str) -> str:
+    """The text with another section between two lines that it has."""
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n\n{section}\n\n{end}{rest.split(end, 1)[1]}"
+
+
+def fill(page: Path, sources: Sources) -> str:
+    """The page's text with every section that it has markers for written anew.
 
     Raises:
-        ValueError: the markers are missing.
+        ValueError: the page is not there or has no markers, or a results file cannot be used.
     """
-    if BEGIN not in card or END not in card:
-        raise ValueError(f"the card lacks its markers {BEGIN!r} and {END!r}. Put both where the results belong.")
-    head, rest = card.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n\n{section}\n\n{END}{rest.split(END, 1)[1]}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="results file of evaluation.scenes")
-    parser.add_argument("--card", type=Path, default=Path("model_card.md"))
-    parser.add_argument("--check", action="store_true", help="compare only; exit code 1 if the card is out of date")
-    arguments = parser.parse_args()
-    card = arguments.card.read_text(encoding="utf-8")
-    fresh = replace_section(card, results_section(arguments.results))
-    if not arguments.check:
-        arguments.card.write_text(fresh, encoding="utf-8")
-    elif fresh != card:
-        sys.exit(f"{arguments.card} does not say what {arguments.results} says. Run evaluation.card without --check.")
-
-
-if __name__ == "__main__":
-    main()
+    if not page.is_file():
+        raise ValueError(f"{page}: no such page. Name a Markdown file that has the markers.")
+    text = page.read_text(encoding="utf-8")
+    wanted = [name for name in SECTIONS if all(marker in text for marker in markers(name))]
+    if not wanted:
+        lines = " or ".join(" ... ".join(markers(name)) for name in SECTIONS)
+        raise ValueError(f"{page} lacks its markers. Put these where the numbers belong: {lines}")
+    for name in wanted:
+        text = replace_section(text, *markers(name), SECTIONS[name](sources, page))
+    return text

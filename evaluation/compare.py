@@ -1,23 +1,19 @@
 """Puts two results files of one benchmark side by side, as a page that marks what got worse.
 
-    python -m evaluation.compare results/before.json results/after.json --output comparison.md
-
-A share with an interval is marked only if the difference of the two is clear of zero at 95 %; a mean of tasks gets its
-interval from those of the tasks. Numbers without an interval are shown and not judged. Every results file that this
-room writes is read: what counts is {"value", "low", "high"}.
+`evaluation.report compare` calls it. A share with an interval is marked only if the difference of the two is clear of
+zero at 95 %; a mean of tasks gets its interval from those of the tasks. Numbers without an interval are shown and not
+judged. Every results file that this room writes is read: what counts is {"value", "low", "high"}.
 """
 
-import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 
 MARKS = {-1: "**worse**", 0: "", 1: "better", None: "no interval"}
 # a number under one of these names is better when it is lower
-LOWER_IS_BETTER = ("loss", "mse", "fid", "seconds", "gib")
+LOWER_IS_BETTER = ("loss", "mse", "fid", "cmmd", "seconds", "gib")
 # numbers that describe the run and measure nothing
 PASSED_OVER = ("run", "settings", "curve", "n", "seed")
 
@@ -150,22 +146,3 @@ def _describe(paths: tuple[Path, Path], before: dict[str, Any], after: dict[str,
         "**The protocols differ**, so a difference may not be the checkpoint's:",
         f"- before: {protocols[0]}\n- after: {protocols[1]}",
     ]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="results file")
-    parser.add_argument("after", type=Path, help="results file of the same benchmark")
-    parser.add_argument("--output", type=Path, required=True, help="Markdown page to write")
-    options = parser.parse_args(arguments)
-    try:
-        page, worse = compare((options.before, options.after))
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(page, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        sys.exit(" ".join(str(error).split()))
-    print(f"{options.output}: {len(worse)} clearly worse" + "".join(f"\n  {name}" for name in worse))
-
-
-if __name__ == "__main__":
-    main()

@@ -163,6 +163,19 @@ def cut_out(image: Image.Image, found: Found) -> Image.Image:
     return image.crop((left, top, max(round(right), left + 1), max(round(bottom), top + 1)))  # at least one pixel
 
 
+def load_clip(source: str, revision: str | None, flag: str) -> tuple[Any, Any, str | None]:
+    """A CLIP model, its processor, and the Hub's commit of it (None for a folder).
+
+    Raises:
+        ValueError: another kind of model; `flag` is what the user named it with.
+    """
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    if config.model_type != "clip":
+        raise ValueError(f"{flag} {source}: a {config.model_type}, expected a CLIP with both towers.")
+    model = AutoModel.from_pretrained(source, revision=revision).to(choose_device()).eval()
+    return model, AutoProcessor.from_pretrained(source, revision=revision), getattr(model.config, "_commit_hash", None)
+
+
 class ColorClassifier:
     """Names the colour of objects with a CLIP model: of ten texts, the one nearest to the cut-out object.
 
@@ -175,12 +188,7 @@ class ColorClassifier:
     """
 
     def __init__(self, source: str, revision: str | None = None):
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        if config.model_type != "clip":
-            raise ValueError(f"--color_model {source}: a {config.model_type}, expected a CLIP with both towers.")
-        self.model = AutoModel.from_pretrained(source, revision=revision).to(choose_device()).eval()
-        self.processor = AutoProcessor.from_pretrained(source, revision=revision)
-        self.commit = getattr(self.model.config, "_commit_hash", None)
+        self.model, self.processor, self.commit = load_clip(source, revision, "--color_model")
         self._texts: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -188,7 +196,7 @@ class ColorClassifier:
         """One of `COLORS` for each object."""
         crops = [cut_out(image.convert("RGB"), item) for item in found]
         inputs = self.processor(images=crops, return_tensors="pt").to(self.model.device)
-        pictures = _unit(self.model.get_image_features(**inputs).pooler_output)
+        pictures = to_unit(self.model.get_image_features(**inputs).pooler_output)
         texts = torch.stack([self._embed_colors(item.name) for item in found])  # (objects, colours, width)
         return [COLORS[index] for index in (texts @ pictures.unsqueeze(-1)).squeeze(-1).argmax(dim=1)]
 
@@ -197,10 +205,11 @@ class ColorClassifier:
         if name not in self._texts:
             texts = [prompt.format(color=color, name=name) for color in COLORS for prompt in COLOR_PROMPTS]
             inputs = self.processor(text=texts, padding=True, return_tensors="pt").to(self.model.device)
-            vectors = _unit(self.model.get_text_features(**inputs).pooler_output)
-            self._texts[name] = _unit(vectors.unflatten(0, (len(COLORS), len(COLOR_PROMPTS))).mean(dim=1))
+            vectors = to_unit(self.model.get_text_features(**inputs).pooler_output)
+            self._texts[name] = to_unit(vectors.unflatten(0, (len(COLORS), len(COLOR_PROMPTS))).mean(dim=1))
         return self._texts[name]
 
 
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
+def to_unit(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors of length 1 in the same directions, along the last axis."""
     return vectors / vectors.norm(dim=-1, keepdim=True)

@@ -34,11 +34,15 @@ from modeling_pisces.measurement_pisces import current_command
 
 
 PROTOCOL = (
-    "Scenes of combinations that training never showed. Answers: greedy, exact match after lower case and without a "
-    "final full stop. Reconstruction: true vectors to pixels, strict = background and every object's colour, shape "
-    "and place. Drawing: {images_per_prompt} seeds per prompt, {settings}, no rewriting; overall = mean of the "
-    "categories. Interleaved: one drawing per prompt, described in the next turn; right if all that was asked is said."
+    "{scenes} Answers: greedy, exact match after lower case and without a final full stop. Reconstruction: true "
+    "vectors to pixels, strict = background and every object's colour, shape and place. Drawing: {images_per_prompt} "
+    "seeds per prompt, {settings}, no rewriting; overall = mean of the categories. Interleaved: one drawing per "
+    "prompt, described in the next turn; right if all that was asked is said."
 )
+SCENES = {
+    "heldout": "Scenes of combinations that training never showed.",
+    "train": "New scenes of combinations that training shows.",
+}
 
 
 def normalize_answer(text: str) -> str:
@@ -156,6 +160,12 @@ def describe_settings(pipeline) -> str:
     return ", ".join(words)
 
 
+def describe_scenes(data: Path) -> str:
+    """Whether training showed the combinations in a data folder, by the split it was rendered for."""
+    split = json.loads((data / "settings.json").read_text(encoding="utf-8"))["split"]
+    return SCENES.get(split, f"Scenes of the split {split}.")
+
+
 def describe_run(arguments: argparse.Namespace, pipeline, seconds: float) -> dict[str, Any]:
     """What a reader needs to run it again."""
     return {
@@ -163,7 +173,9 @@ def describe_run(arguments: argparse.Namespace, pipeline, seconds: float) -> dic
         **describe_machine(),
         "seconds": round(seconds, 1),
         "protocol": PROTOCOL.format(
-            images_per_prompt=arguments.images_per_prompt, settings=describe_settings(pipeline)
+            scenes=describe_scenes(Path(arguments.data)),
+            images_per_prompt=arguments.images_per_prompt,
+            settings=describe_settings(pipeline),
         ),
     }
 

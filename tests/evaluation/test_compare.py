@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import compare
+from evaluation import compare, plots, report
 from evaluation.compare import Measured
 from evaluation.summaries import drawing_summary, summarize
 from modeling_pisces.measurement_pisces import wilson_interval
@@ -112,12 +112,25 @@ def test_files_that_cannot_be_compared_end_in_one_line(tmp_path, content, messag
     if content is not None:
         other.write_text(content)
     with pytest.raises(SystemExit, match=message) as stop:
-        compare.main([str(first), str(other), "--output", str(tmp_path / "page.md")])
+        report.main(["compare", str(first), str(other), "--output", str(tmp_path / "page.md")])
     assert "\n" not in stop.value.code and not (tmp_path / "page.md").exists()
 
 
 def test_the_command_writes_the_page_and_names_what_got_worse(tmp_path, capsys):
     before, after = (write(tmp_path / f"{n}.json", task=summarize(outcomes(a=n))) for n in (90, 10))
-    compare.main([str(before), str(after), "--output", str(tmp_path / "pages/page.md")])
+    report.main(["compare", str(before), str(after), "--output", str(tmp_path / "pages/page.md")])
     assert (tmp_path / "pages/page.md").read_text().startswith("# toy: two checkpoints")
+    assert [path.name for path in (tmp_path / "pages").iterdir()] == ["page.md"]  # "task" is no group that is drawn
     assert capsys.readouterr().out.endswith("1 clearly worse\n  task / a\n")
+
+
+def test_scores_of_both_checkpoints_are_plotted_beside_the_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    files = [write(tmp_path / f"{n}.json", drawing_prompt=drawing_summary(outcomes(colors=n))) for n in (30, 70)]
+    report.main(["compare", *map(str, files), "--output", str(tmp_path / "page.md")])
+    assert "![scores with intervals](page.png)" in (tmp_path / "page.md").read_text()
+    named = {
+        f"{word}: {path.stem}": json.loads(path.read_text())
+        for word, path in zip(("before", "after"), files, strict=True)
+    }
+    assert plots.is_current(tmp_path / "page.png", named)

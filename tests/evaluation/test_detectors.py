@@ -1,6 +1,5 @@
 """Claims about `evaluation.detectors`: tiny random models of each family, whose answers are bent to be known."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +8,6 @@ import torch
 from PIL import Image, ImageColor
 from transformers import (
     CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPProcessor,
-    CLIPTokenizer,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     OwlViTConfig,
@@ -25,6 +20,7 @@ from transformers import (
 
 from evaluation.detectors import COLORS, ColorClassifier, box_of, cut_out, load_detector
 from evaluation.geneval_rules import Found
+from tests.evaluation.tiny_clip import TEXT, VISION, write_clip, write_tokenizer
 from tests.fixtures import make_model
 
 
@@ -128,20 +124,6 @@ def test_masks_of_a_segmenter_fit_their_boxes(tmp_path):
         assert 0.01 <= item.score <= 1
 
 
-def write_tokenizer(folder) -> CLIPTokenizer:
-    """One token per letter, and the two special ones of CLIP."""
-    letters = "abcdefghijklmnopqrstuvwxyz-"
-    names = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({name: index for index, name in enumerate(names)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=64)
-
-
-TEXT = {"vocab_size": 56, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT |= {"bos_token_id": 54, "eos_token_id": 55, "pad_token_id": 55}
-VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
 def test_an_open_detector_is_told_the_classes(tmp_path):
     from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
@@ -167,19 +149,7 @@ def test_an_open_detector_is_told_the_classes(tmp_path):
 
 
 def test_a_clip_folder_names_the_colour_that_its_vectors_say(tmp_path):
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config=TEXT | {"max_position_embeddings": 64},
-        vision_config=VISION | {"image_size": 32, "patch_size": 16},
-        projection_dim=8,
-    )
-    model = CLIPModel(config).eval()
-    model.save_pretrained(tmp_path)
-    processor = CLIPProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        write_tokenizer(tmp_path),
-    )
-    processor.save_pretrained(tmp_path)
+    model, processor = write_clip(tmp_path)
     picture, thing = Image.effect_noise((40, 40), 90).convert("RGB"), Found("cup", 1.0, (4, 4, 30, 30))
     (named,) = ColorClassifier(str(tmp_path))(picture, [thing])
 

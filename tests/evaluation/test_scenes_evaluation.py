@@ -1,4 +1,4 @@
-"""Claims about `evaluation.scenes` and `evaluation.card`: scripted answers and pictures of known score."""
+"""Claims about `evaluation.scenes`: scripted answers and pictures of known score."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import card, scenes
+from evaluation import scenes
 from evaluation.scene_detector import load_silhouettes
 from finetune.scenes import write_scenes
 from modeling_pisces.measurement_pisces import wilson_interval
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +81,8 @@ def test_the_interval_is_wilsons():
     assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
 
 
-def test_every_number_of_the_card_comes_from_its_results_file(monkeypatch):
-    monkeypatch.chdir(ROOT)  # the card names the sheet relative to the repository
-    path = ROOT / "results/pisces-tiny.json"
-    if not path.is_file():
-        pytest.skip("results/pisces-tiny.json is not here")
-    text = (ROOT / "model_card.md").read_text(encoding="utf-8")
-    assert text == card.replace_section(text, card.results_section(path.relative_to(ROOT)))
-
-
-def test_a_card_without_markers_is_refused():
-    with pytest.raises(ValueError, match="lacks its markers"):
-        card.replace_section("# card", "numbers")
+def test_the_protocol_says_whether_training_showed_the_combinations(data, tmp_path):
+    assert scenes.describe_scenes(data) == "Scenes of combinations that training never showed."
+    shown = write_scenes(tmp_path / "shown", num_scenes=1, seed=4, split="train")
+    assert scenes.describe_scenes(shown) == "New scenes of combinations that training shows."
+    assert scenes.PROTOCOL.startswith("{scenes} Answers: greedy")
