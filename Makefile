@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LMMS_EVAL := .venv-lmms-eval
 
 MODEL ?= pisces-tiny
 IMAGE ?=
@@ -12,13 +13,14 @@ PROMPT ?=
 SEED ?= 0
 OUTPUT ?= outputs
 TESTS ?= tests
+WORKERS ?= 2
 VERSION ?= 5.16.1 5.19.0 5.23.0
 
 # A shell argument, whatever quotes the value holds.
 quoted = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples tiny test test-all test-mixins test-transformers check format wheel-check clean
+.PHONY: help setup demo examples tiny test test-all test-mixins test-transformers lmms-eval check format wheel-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -46,11 +48,11 @@ examples: $(INSTALLED) ## render the sample pictures of examples/ again
 	@rm -rf examples
 	@$(BIN)/python -m finetune.scenes --output examples --num_scenes 12 --seed 1 --split heldout
 
-test: $(INSTALLED) ## the fast tests
-	@$(BIN)/python -m pytest -q -m "not slow" $(TESTS)
+test: $(INSTALLED) ## the fast tests (WORKERS=2 processes)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(TESTS)
 
 test-all: $(INSTALLED) ## every test
-	@$(BIN)/python -m pytest -q $(TESTS)
+	@$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS)
 
 test-transformers: $(INSTALLED) ## the fast tests on several releases of transformers (VERSION="5.16.1 5.19.0 5.23.0")
 	@set -e; for version in $(VERSION); do \
@@ -65,11 +67,23 @@ test-transformers: $(INSTALLED) ## the fast tests on several releases of transfo
 			touch $$venv/.installed; \
 		fi; \
 		echo "== transformers $$version"; \
-		$$venv/bin/python -m pytest -q -m "not slow" $(TESTS); \
+		$$venv/bin/python -m pytest -q -n $(WORKERS) -m "not slow" $(TESTS); \
 	done
 
 test-mixins: $(INSTALLED) ## transformers' own common tests on our classes (fetches its source distribution once)
 	@$(BIN)/python tests/mixins/run_mixins.py
+
+lmms-eval: $(LMMS_EVAL)/.installed ## environment of its own for evaluation.understanding, in .venv-lmms-eval
+
+$(LMMS_EVAL)/.installed: pyproject.toml constraints.txt evaluation/lmms_eval_plugin/pyproject.toml evaluation/lmms_eval_plugin/requirements.txt
+	@test -x $(LMMS_EVAL)/bin/python || $(PYTHON) -m venv $(LMMS_EVAL)
+	@echo "Installing into $(LMMS_EVAL) (some minutes the first time) ..."
+	@$(LMMS_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@$(LMMS_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--requirement evaluation/lmms_eval_plugin/requirements.txt --editable .
+	@$(LMMS_EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		lmms-eval==0.7.3 --editable evaluation/lmms_eval_plugin
+	@touch $@
 
 tiny: $(INSTALLED) ## train pisces-tiny from nothing into runs/tiny (hours; stop and repeat at will)
 	@bash finetune/tiny.sh
@@ -87,4 +101,4 @@ wheel-check: $(INSTALLED) ## build the wheel, install it alone in an empty envir
 	@$(BIN)/python -m pytest -q -m slow tests/test_project.py
 
 clean: ## remove environments, caches and build products (outputs/ and runs/ stay)
-	rm -rf .venv .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-lmms-eval .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))  # the models are tiny: more threads only wait
+# the models are tiny: more threads only wait, and processes of pytest-xdist share the cores already
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")))
 
 
 @pytest.fixture(autouse=True)
