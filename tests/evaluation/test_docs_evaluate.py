@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from evaluation import draw_prompts, geneval, prompt_sets
+from evaluation import clip_vectors, draw_prompts, geneval, picture_metrics, prompt_sets, understanding
 from evaluation.geneval_rules import Found, Thresholds
 from tests.evaluation.drawing_stand_ins import ScriptedPipeline, geneval_entries, write_lines, write_wise
+from tests.evaluation.tiny_clip import write_clip
+from tests.evaluation.understanding_stand_ins import TASKS, make_whole_plan, write_fake_harness, write_parquet
 
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +50,14 @@ def folder(tmp_path, monkeypatch) -> Path:
     # sees one bench in the middle of everything
     models = lambda image: [Found("bench", 0.95, (4, 4, 12, 12))], lambda image, found: ["red"] * len(found)
     monkeypatch.setattr(geneval, "load_models", lambda *_: (*models, {"detector": "a bench", "color_model": "red"}))
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((20, 20), 90).convert("RGB").save(tmp_path / "photos/a.png")
+    write_clip(tmp_path / "clip")
+    tiny_clip = lambda *_: clip_vectors.ClipVectors(str(tmp_path / "clip"))  # noqa: E731
+    monkeypatch.setattr(picture_metrics, "ClipVectors", tiny_clip)
+    harness = write_fake_harness(tmp_path, make_whole_plan(pope=0.5, mme=1000.0, mmmu_val=0.25))
+    monkeypatch.setenv(understanding.HARNESS_VARIABLE, str(harness))
+    write_parquet(tmp_path / "datasets" / TASKS["pope"].dataset / "data/test.parquet", [{"question": "is it?"}])
     return tmp_path
 
 
@@ -64,12 +75,17 @@ def test_every_command_of_the_page_runs(folder, monkeypatch, capsys):
     assert drawn == {"geneval": 553 * 4, "dpg": 2 * 4, "wise": 3}
     assert sorted(path.name for path in (folder / "drawings/dpg/for_scorer").iterdir()) == ["vrd1.png", "whoops2.png"]
     assert json.loads((folder / "drawings/mine/run.json").read_text())["settings"]["wording"] == "rewritten"
+    scores = json.loads((folder / "results/understanding.json").read_text())["tasks"]
+    assert {name: item["value"] for name, item in scores.items()} == {"pope": 0.5, "mme": 1000.0, "mmmu_val": 0.25}
     results = json.loads((folder / "results/geneval.json").read_text())
     assert results["benchmark"] == "geneval-variant"
     # of 80 classes one is a bench; so is one pair's half, which is not enough
     assert results["categories"]["single_object"] == {"value": 0.0125, "n": 320, "low": 0.0049, "high": 0.0317}
     assert results["categories"]["two_object"]["value"] == 0.0
     assert (folder / "comparison.md").read_text().startswith("# scenes: two checkpoints")
+    assert (folder / "comparison.png").stat().st_size > 0 and (folder / "results/scenes_scores.png").stat().st_size > 0
+    pictures = json.loads((folder / "results/pictures.json").read_text())
+    assert pictures["clip_score"]["n"] == 2 and pictures["cmmd"] > 0 and "fid" not in pictures
     assert "python -m evaluation.geneval" not in (folder / "model_card.md").read_text()
     assert (folder / "curves.png").stat().st_size > 0
     assert "overall" in capsys.readouterr().out
@@ -82,3 +98,4 @@ def test_the_page_states_the_defaults_of_the_code():
     assert f"`{geneval.DETECTOR}`" in TEXT and f"`{geneval.COLOR_MODEL}`" in TEXT
     assert f"{sum(prompt_sets.GENEVAL_TASKS.values())} prompts" in TEXT
     assert f"{prompt_sets.NUM_DPG_PROMPTS:,} prompts" in TEXT and f"{prompt_sets.NUM_WISE_PROMPTS:,} prompts" in TEXT
+    assert f"`{picture_metrics.CLIP}`" in TEXT
