@@ -7,19 +7,17 @@ each checks that what the parts bring fits.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, GenerationConfig
+from transformers import GenerationConfig
 
 from conversion.chat_formats import ChatTemplate, make_chat_template
 from conversion.parts import Part
 from conversion.vocabulary import PISCES_TOKENS, Vocabulary
 from modeling_pisces import PiscesConfig, PiscesProcessor
-from modeling_pisces.checkpoint_files_pisces import read_json
 from modeling_pisces.configuration_pisces import num_prefix_tokens
+from modeling_pisces.model_loading_pisces import load_image_processor
 
 
 _SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -118,7 +116,7 @@ def _open_image_processor(part: Part, tower: Any) -> Any:
             "from where the tower comes from."
         )
     try:
-        image_processor = _load_image_processor(part.path)
+        image_processor = load_image_processor(part.path)
         pixels = image_processor([Image.new("RGB", (side + 3, side))], return_tensors="pt")["pixel_values"]
     except Exception as error:  # each image processor has its own errors; all mean that this file is wrong
         raise ValueError(
@@ -130,17 +128,6 @@ def _open_image_processor(part: Part, tower: Any) -> Any:
             f"{(3, side, side)} as the tower's config.json says."
         )
     return image_processor
-
-
-def _load_image_processor(path: Path) -> Any:
-    try:
-        return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-    except ImportError:  # before 5.19 the Auto class asks for torchvision even where a class has a twin without it
-        name = read_json(path / "preprocessor_config.json").get("image_processor_type", "")
-        twin = getattr(transformers, name.removesuffix("Fast").removesuffix("Pil") + "Pil", None)
-        if twin is None:
-            raise
-        return twin.from_pretrained(path)
 
 
 def make_generation_config(part: Part, vocabulary: Vocabulary, end_token: str) -> GenerationConfig:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken
-from transformers import AutoImageProcessor
 
 from conversion.new_tensors import new_module_tensors
 from conversion.part_keys import expected_tensors, match_tower
@@ -17,6 +16,7 @@ from conversion.parts import Part, open_part
 from conversion.streaming import DTYPE_NAMES, PlannedTensor
 from conversion.vocabulary import PISCES_TOKENS
 from modeling_pisces import PiscesConfig
+from modeling_pisces.model_loading_pisces import load_image_processor
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def open_image_processor(part: Part) -> Any:
         ValueError: the part does not say it.
     """
     try:
-        return AutoImageProcessor.from_pretrained(part.path, trust_remote_code=False)
+        return load_image_processor(part.path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"gen_vision_tower {part.name}: no image processor ({' '.join(str(error).split())}). Get its "

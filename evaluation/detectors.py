@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForObjectDetection,
     AutoModelForUniversalSegmentation,
@@ -23,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 from transformers.utils import is_scipy_available
 
 from evaluation.geneval_rules import Detect, Found
+from modeling_pisces.model_loading_pisces import load_image_processor
 
 
 # COCO's classes by the names that some checkpoints have for them, as GenEval calls them (its object_names.txt)
@@ -81,7 +81,7 @@ def load_detector(
             f"--detector {source} does not know {len(unknown)} of the {len(classes)} classes that the prompts ask "
             f"for: {', '.join(unknown[:5])}. Give one of COCO's 80 classes, or one that is told the classes (OWLv2)."
         )
-    processor = AutoImageProcessor.from_pretrained(source, revision=revision)
+    processor = load_image_processor(source, revision)
     if config.model_type in SEGMENTERS:
         return _load_segmenter(source, revision, processor, names, least_score), commit
     return _load_box_detector(source, revision, processor, names, least_score), commit

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+import transformers
+from transformers import AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor, ImageProcessingMixin
 from transformers.utils import logging
 
 
@@ -89,6 +90,24 @@ def _check_loading_report(folder: Path, report: dict[str, Any]) -> None:
                 f"{folder}: {len(keys)} {problem.replace('_', ' ')} in the weights, the first is {keys[0]}. "
                 "The weights do not belong to this config.json; download or save the checkpoint again."
             )
+
+
+def load_image_processor(source: str | Path, revision: str | None = None) -> Any:
+    """The image processor of a folder or Hub id; `AutoImageProcessor` without its need for torchvision before 5.19.
+
+    Raises:
+        ImportError: the class has no twin that does without torchvision.
+        OSError, ValueError: there is no image processor, or none that transformers knows.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except ImportError:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+        name = settings.get("image_processor_type", "").removesuffix("Fast").removesuffix("Pil")
+        twin = getattr(transformers, f"{name}Pil", None)
+        if twin is None:
+            raise
+        return twin.from_pretrained(source, revision=revision)
 
 
 def load_pipeline(folder: Path, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:

@@ -18,6 +18,7 @@ from conversion.from_emu2_gen import from_emu2_gen, main, plan_tower
 from conversion.parts import open_part
 from conversion.streaming import SourceTensor
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel, pool_patches
+from modeling_pisces.model_loading_pisces import load_image_processor
 from modeling_pisces.pipeline_pisces import PiscesPipeline
 from tests.conversion.emu2_fixtures import (
     FULL_SIZE,
@@ -175,9 +176,7 @@ def test_the_decoder_draws_what_emu2s_own_parts_draw(emu2_gen, converted):
 
 
 def test_the_image_processor_squeezes_as_emu2_does(converted):
-    from transformers import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(converted / "gen_vision_tower")
+    processor = load_image_processor(converted / "gen_vision_tower")
     settings = processor.to_dict()
     assert dict(settings["size"]) == {"height": 16, "width": 16} and not settings["do_center_crop"]
     assert settings["resample"] == 3  # bicubic

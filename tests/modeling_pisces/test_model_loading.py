@@ -1,0 +1,30 @@
+"""Claims about `model_loading_pisces` that no command's tests make."""
+
+import json
+
+import pytest
+from transformers import AutoImageProcessor, SiglipImageProcessorPil
+
+from modeling_pisces.model_loading_pisces import load_image_processor
+
+
+@pytest.fixture
+def auto_class_wants_torchvision(monkeypatch):
+    """As in transformers before 5.19 where torchvision is not installed."""
+
+    def refuse(*_, **__):
+        raise ImportError("AutoImageProcessor requires the Torchvision library")
+
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", refuse)
+
+
+def test_an_image_processor_loads_where_the_auto_class_wants_torchvision(tmp_path, auto_class_wants_torchvision):
+    saved = SiglipImageProcessorPil(size={"height": 40, "width": 40})
+    saved.save_pretrained(tmp_path)
+    assert dict(load_image_processor(tmp_path).size) == {"height": 40, "width": 40}
+
+
+def test_a_class_without_a_twin_still_says_what_it_needs(tmp_path, auto_class_wants_torchvision):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "UnknownImageProcessor"}))
+    with pytest.raises(ImportError, match="requires the Torchvision library"):
+        load_image_processor(tmp_path)
