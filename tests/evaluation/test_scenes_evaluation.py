@@ -85,4 +85,6 @@ def test_the_protocol_says_whether_training_showed_the_combinations(data, tmp_pa
     assert scenes.describe_scenes(data) == "Scenes of combinations that training never showed."
     shown = write_scenes(tmp_path / "shown", num_scenes=1, seed=4, split="train")
     assert scenes.describe_scenes(shown) == "New scenes of combinations that training shows."
+    (shown / "settings.json").unlink()
+    assert scenes.describe_scenes(shown) == f"Scenes of {shown.name}."
     assert scenes.PROTOCOL.startswith("{scenes} Answers: greedy")
