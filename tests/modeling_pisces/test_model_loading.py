@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from transformers import AutoImageProcessor, SiglipImageProcessorPil
+from transformers import SiglipImageProcessorPil
 
+from modeling_pisces import model_loading_pisces
 from modeling_pisces.model_loading_pisces import load_image_processor
 
 
@@ -12,10 +13,12 @@ from modeling_pisces.model_loading_pisces import load_image_processor
 def auto_class_wants_torchvision(monkeypatch):
     """As in transformers before 5.19 where torchvision is not installed."""
 
-    def refuse(*_, **__):
-        raise ImportError("AutoImageProcessor requires the Torchvision library")
+    class StandIn:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            raise ImportError("AutoImageProcessor requires the Torchvision library")
 
-    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", refuse)
+    monkeypatch.setattr(model_loading_pisces, "AutoImageProcessor", StandIn)
 
 
 def test_an_image_processor_loads_where_the_auto_class_wants_torchvision(tmp_path, auto_class_wants_torchvision):
