@@ -27,15 +27,15 @@ ROOT = Path(__file__).parents[1]
 BAR = "new concept >= 0.80 on its own side; old concepts and the other side lose <= 0.03; <= 10 processor minutes"
 RECIPES = {"drawing": "lora_generation", "understanding": "lora_understanding"}
 OTHER = {"drawing": "understanding", "understanding": "drawing"}
-# Half of the rows show the new thing. Starting points: --drawing_flags and --understanding_flags override them.
+# Half of the rows show the new thing; --drawing_flags and --understanding_flags override.
 FLAGS = {
     "drawing": (
-        "--flavour full --lora_r 32 --lora_alpha 32 --learning_rate 1e-3 --max_steps 300 --warmup_steps 20 "
-        "--per_device_train_batch_size 24 --gen_input_noise 0.1"
+        "--flavour full --lora_r 32 --lora_alpha 32 --learning_rate 1e-3 --max_steps 600 --warmup_steps 20 "
+        "--lr_scheduler_type cosine --per_device_train_batch_size 24 --gen_input_noise 0.1"
     ),
     "understanding": (
-        "--flavour portable --lora_r 32 --lora_alpha 32 --learning_rate 1e-3 --max_steps 200 --warmup_steps 20 "
-        "--per_device_train_batch_size 16"
+        "--flavour portable --lora_r 32 --lora_alpha 32 --learning_rate 1e-3 --max_steps 400 --warmup_steps 20 "
+        "--lr_scheduler_type cosine --per_device_train_batch_size 16"
     ),
 }
 QUIET = "--max_grad_norm 1.0 --use_cpu True --save_strategy no --logging_steps 20 --disable_tqdm True --guard_rows 24"
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--concept", default="lime", help="of finetune.new_concept")
     parser.add_argument("--sides", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--num_pictures", type=int, default=200, help="pictures of the new thing to learn from")
-    parser.add_argument("--num_replay", type=int, default=400, help="ordinary pictures beside them")
+    parser.add_argument("--num_replay", type=int, default=1500, help="ordinary pictures beside them")
     parser.add_argument("--num_questions", type=int, default=600, help="of each evaluation, in two wordings")
     parser.add_argument("--num_reconstructions", type=int, default=120)
     parser.add_argument("--num_prompts", type=int, default=192, help="of each evaluation, in two wordings")
