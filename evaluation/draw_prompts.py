@@ -8,7 +8,6 @@ the shard, on the order or on a restart. Scores are left to `evaluation.geneval`
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from evaluation.run_files import (
     hash_files,
     identify_weights,
     keep_settings,
+    one_line_errors,
     parse_shard,
     take_shard,
     write_whole,
@@ -150,10 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    try:
+    with one_line_errors():
         drawn = draw(options)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(" ".join(str(error).split()))
     print(f"{options.output}: {drawn} new pictures")
 
 

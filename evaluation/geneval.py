@@ -9,7 +9,6 @@ results file, where a killed run goes on; `--shard 1/2` and `--shard 2/2` share 
 """
 
 import argparse
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from evaluation.run_files import (
     describe_machine,
     identify_weights,
     keep_settings,
+    one_line_errors,
     parse_shard,
     read_lines,
     take_shard,
@@ -181,10 +181,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    try:
+    with one_line_errors():
         results = score(options)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(" ".join(str(error).split()))
     for name, item in (results or {"categories": {}})["categories"].items():
         print(f"{name:<14} {item['value']:.3f} ({item['low']:.2f}-{item['high']:.2f}), {item['n']} pictures")
     if results:

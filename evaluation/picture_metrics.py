@@ -11,7 +11,6 @@ kept in a folder beside the results file, where a killed run goes on.
 import argparse
 import math
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -25,7 +24,14 @@ from tqdm import tqdm
 
 from evaluation.clip_vectors import ClipVectors
 from evaluation.drawings_folder import picture_path, read_entries, read_run
-from evaluation.run_files import describe_command, describe_machine, hash_files, keep_settings, write_json
+from evaluation.run_files import (
+    describe_command,
+    describe_machine,
+    hash_files,
+    keep_settings,
+    one_line_errors,
+    write_json,
+)
 from modeling_pisces.image_loading_pisces import load_image
 
 
@@ -223,10 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    try:
+    with one_line_errors():
         results = measure(options)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(" ".join(str(error).split()))
     for name in ("clip_score", "cmmd", "fid"):
         if name in results:
             print(f"{name:<10} {results[name]['value'] if name == 'clip_score' else results[name]}")

@@ -11,13 +11,13 @@ both sides' scores beside the results file (`evaluation.plots`); `compare` marks
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from evaluation.card import WRITER, Sources, fill, plot_of, read_scenes
 from evaluation.compare import compare
 from evaluation.plots import is_current, plot_curves, plot_scores, score_panels
+from evaluation.run_files import one_line_errors
 
 
 def named_scores(sources: Sources) -> dict[str, dict[str, Any]]:
@@ -98,10 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    try:
+    with one_line_errors():
         options.write(options)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What every restartable evaluation needs on disk: facts of a run, shards, whole-or-nothing writes, resumable lines.
 
-`evaluation.draw_prompts` and `evaluation.geneval` call it. A finished item is a file or a line that is there; a killed
+The commands of this room call it. A finished item is a file or a line that is there; a killed
 run leaves no half of one, so the same command goes on where it stopped.
 """
 
@@ -10,7 +10,9 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,15 @@ from modeling_pisces.measurement_pisces import current_commit, describe_hardware
 
 
 Item = TypeVar("Item")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """How every command of this room ends: what a user can cause is one line on stderr and exit code 1."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(" ".join(str(error).split()))
 
 
 def describe_machine() -> dict[str, Any]:

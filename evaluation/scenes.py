@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from evaluation.run_files import describe_machine
+from evaluation.run_files import describe_machine, one_line_errors
 from evaluation.scene_descriptions import describe_drawings
 from evaluation.scene_detector import detect_objects, load_silhouettes
 from evaluation.scene_scorer import score_prompt, score_scene
@@ -184,9 +184,16 @@ def describe_run(arguments: argparse.Namespace, pipeline, seconds: float) -> dic
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run all parts and return the results file's content."""
+    """Run all parts and return the results file's content.
+
+    Raises:
+        ValueError: the data folder has no scenes or no prompts.
+    """
     start = time.monotonic()
     data = Path(arguments.data)
+    for name in ("scenes.jsonl", "prompts.jsonl", "shapes.json"):
+        if not (data / name).is_file():
+            raise ValueError(f"--data {data}: no {name} in it. Write one: python -m finetune.scenes --split heldout.")
     rows = [json.loads(line) for line in (data / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
     prompts = [json.loads(line) for line in (data / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(prompts)
@@ -232,7 +239,8 @@ def main() -> None:
     parser.add_argument("--images_per_prompt", type=int, default=4, help="drawings of each prompt")
     parser.add_argument("--image_temperature", type=float, help="instead of the checkpoint's own")
     parser.add_argument("--guidance_scale", type=float, help="instead of the checkpoint's own")
-    results = evaluate(parser.parse_args())
+    with one_line_errors():
+        results = evaluate(parser.parse_args())
     for name, part in results.items():
         if isinstance(part, dict) and "overall" in part:
             print(name, json.dumps(part["overall"]))

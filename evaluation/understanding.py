@@ -11,13 +11,19 @@ killed run goes on. The tasks are in `evaluation.understanding_tasks`, the subpr
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluation.run_files import describe_command, describe_machine, identify_weights, keep_settings, write_json
+from evaluation.run_files import (
+    describe_command,
+    describe_machine,
+    identify_weights,
+    keep_settings,
+    one_line_errors,
+    write_json,
+)
 from evaluation.understanding_harness import ROOT, Run, ask_and_score, check_data, probe
 from evaluation.understanding_results import collect_items, read_metrics, read_run, sum_up
 from evaluation.understanding_tasks import SUITE, Task
@@ -164,10 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    try:
+    with one_line_errors():
         results = evaluate(options)
-    except (OSError, ValueError) as error:
-        sys.exit(" ".join(str(error).split()))
     for name, item in results["tasks"].items():
         interval = f" ({item['low']:.4g}-{item['high']:.4g})" if "low" in item else ""
         part = "" if item["is_whole"] else ", not the whole task"

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run a recipe as a command: what a user can cause ends in one line on stderr and exit code 1."""
+    """Run `main` as a command: what a user can cause ends in one line on stderr and exit code 1."""
     try:
         main()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -22,6 +22,7 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
+from finetune.commands import run_command
 from finetune.conversations import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
 from finetune.picture_data import load_pictures
 from finetune.train_gen_encoder import whiten_output
@@ -284,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, set_seed
 
+from finetune.commands import run_command
 from finetune.latents import VaeTraining, build_vae, encode_latents, whiten_latents
 from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
 from finetune.train_gen_encoder import pooled_vectors
@@ -184,4 +185,4 @@ def main(arguments: list[str] | None = None) -> Metrics:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
+from finetune.commands import run_command
 from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
 from finetune.trainer import Metrics, RunArguments, full_precision_attention, run_evaluation, train, write_results
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
@@ -300,4 +301,4 @@ def main(arguments: list[str] | None = None) -> Metrics:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

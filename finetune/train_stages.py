@@ -19,6 +19,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentPars
 from transformers.trainer_utils import get_last_checkpoint
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
+from finetune.commands import run_command
 from finetune.conversations import PiscesDataCollator, StageConversations, read_rows
 from finetune.picture_cache import PictureCache
 from finetune.picture_keys import fingerprint
@@ -188,4 +189,4 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
 
 
 if __name__ == "__main__":
-    train_stage(HfArgumentParser(StageArguments).parse_args_into_dataclasses()[0])
+    run_command(lambda: train_stage(HfArgumentParser(StageArguments).parse_args_into_dataclasses()[0]))

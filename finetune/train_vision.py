@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, SiglipVisionConfig, SiglipVisionModel, set_seed
 
+from finetune.commands import run_command
 from finetune.picture_data import PictureData, TensorRows, load_pictures, patch_labels, to_pixel_values
 from finetune.scene_layout import BACKGROUNDS, COLORS, SHAPES, SIZES
 from finetune.trainer import Metrics, RunArguments, run_evaluation, train, write_results
@@ -127,4 +128,4 @@ def main(arguments: list[str] | None = None) -> Metrics:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -81,6 +81,15 @@ def test_the_interval_is_wilsons():
     assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
 
 
+def test_a_folder_without_scenes_ends_in_one_line(tmp_path, monkeypatch):
+    flags = ["--model", "pisces-tiny", "--data", str(tmp_path), "--output", str(tmp_path / "results.json")]
+    monkeypatch.setattr("sys.argv", ["scenes", *flags])
+    with pytest.raises(
+        SystemExit, match=r"no scenes\.jsonl in it. Write one: python -m finetune.scenes --split heldout"
+    ):
+        scenes.main()
+
+
 def test_the_protocol_says_whether_training_showed_the_combinations(data, tmp_path):
     assert scenes.describe_scenes(data) == "Scenes of combinations that training never showed."
     shown = write_scenes(tmp_path / "shown", num_scenes=1, seed=4, split="train")
