@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modeling_pisces.measurement_pisces import wilson_interval, write_result
+from modeling_pisces.measurement_pisces import difference_interval, wilson_interval, write_result
 
 
 ROOT = Path(__file__).parents[1]
@@ -106,11 +106,8 @@ def share_of(results: dict[str, Any], side: str) -> Share:
 
 def change(before: Share, after: Share) -> dict[str, float]:
     """The difference of two shares with Newcombe's interval; too wide here, where the same items were asked twice."""
-    (low, high), (after_low, after_high) = wilson_interval(*before), wilson_interval(*after)
-    difference = after.value - before.value
-    down = ((after.value - after_low) ** 2 + (high - before.value) ** 2) ** 0.5
-    up = ((after_high - after.value) ** 2 + (before.value - low) ** 2) ** 0.5
-    return {"value": round(difference, 4), "low": round(difference - down, 4), "high": round(difference + up, 4)}
+    value, low, high = difference_interval(*((share.value, *wilson_interval(*share)) for share in (before, after)))
+    return {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def compare(side: str, base: dict[str, dict], tuned: dict[str, dict], cost: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from modeling_pisces.measurement_pisces import difference_interval
+
 
 MARKS = {-1: "**worse**", 0: "", 1: "better", None: "no interval"}
 # a number under one of these names is better when it is lower
@@ -72,16 +74,11 @@ def mean_of_tasks(value: float, tasks: dict[str, dict[str, float]]) -> Measured:
 
 
 def difference(before: Measured, after: Measured) -> Measured:
-    """After minus before, with the interval of a difference of independent shares, if both have one.
-
-    Source: Newcombe, Statistics in Medicine 17 (1998), method 10, on Wilson intervals.
-    """
-    change = after.value - before.value
+    """After minus before, with the interval of a difference of independent shares, if both have one."""
     if before.low is None or before.high is None or after.low is None or after.high is None:
-        return Measured(change)
-    low = change - math.hypot(after.value - after.low, before.high - before.value)
-    high = change + math.hypot(after.high - after.value, before.value - before.low)
-    return Measured(change, low, high)
+        return Measured(after.value - before.value)
+    first, second = (before.value, before.low, before.high), (after.value, after.low, after.high)
+    return Measured(*difference_interval(first, second))
 
 
 def direction(name: str, change: Measured) -> int | None:

@@ -57,6 +57,19 @@ def wilson_interval(successes: int, total: int, z: float = 1.96) -> tuple[float,
     return middle - half, middle + half
 
 
+def difference_interval(
+    before: tuple[float, float, float], after: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """After minus before with its 95 % interval, each share given as (value, low, high) by Wilson; independent shares.
+
+    Source: Newcombe, Statistics in Medicine 17 (1998), method 10.
+    """
+    (value, low, high), (new_value, new_low, new_high) = before, after
+    change = new_value - value
+    down, up = math.hypot(new_value - new_low, high - value), math.hypot(new_high - new_value, value - low)
+    return change, change - down, change + up
+
+
 def paired(ours: Callable[[], float], baseline: Callable[[], float], pairs: int) -> dict[str, Any]:
     """Time two things in turn (A B A B ...) after one warm-up of each; each callable returns its seconds.
 
