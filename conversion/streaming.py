@@ -8,8 +8,9 @@ Every command of this room goes through it: `index_tensors` says where each tens
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle
 from math import prod
@@ -39,8 +40,12 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# 8 MiB: on the development machine 1, 8 and 64 MiB copy equally fast; two buffers of it are the memory of a copy
-CHUNK_BYTES = 8 * 2**20
+# pieces stay in a core's cache between reading, hashing and writing; enough of them that neither hashing nor writing
+# waits when the other stumbles. Their product is the memory of a copy (docs/log.md)
+CHUNK_BYTES = 2**20
+NUM_BUFFERS = 16
+# a file goes to the disk while it is still being written, not in one go at its end
+SYNC_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -284,27 +289,32 @@ def _write_file(shard: list[PlannedTensor], path: Path, advance: Callable[[int],
         offset = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    hashes = {}
-    # hashed in a second thread: hashlib lets go of the interpreter, so it costs next to nothing beside the disk
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+    digests = {tensor.name: hashlib.sha256() for tensor in shard}
+    # hashing and syncing let go of the interpreter: each has a thread of its own beside this one, which copies
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
         _write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
-        buffers = cycle((bytearray(CHUNK_BYTES), bytearray(CHUNK_BYTES)))
+        buffers = cycle([bytearray(CHUNK_BYTES) for _ in range(NUM_BUFFERS)])
+        hashed: deque[Future] = deque()
+        synced: list[Future] = []
+        written = 0
         for tensor in shard:
-            digest, pending = hashlib.sha256(), None
             for chunk in _chunks(tensor, buffers):
-                if pending is not None:
-                    pending.result()  # the buffer of this chunk is the next to be read into
-                pending = hashing.submit(digest.update, chunk)
+                hashed.append(hashing.submit(digests[tensor.name].update, chunk))
                 _write_all(file, chunk)
                 advance(len(chunk))
-            if pending is not None:
-                pending.result()
-            hashes[tensor.name] = digest.hexdigest()
-    return hashes
+                written += len(chunk)
+                if written >= SYNC_BYTES:
+                    synced.append(syncing.submit(os.fsync, file.fileno()))
+                    written = 0
+                if len(hashed) == NUM_BUFFERS:
+                    hashed.popleft().result()  # its buffer is the next to be read into
+        for done in (*hashed, *synced):
+            done.result()  # the system reports a failed write to one fsync only
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _chunks(tensor: PlannedTensor, buffers: Iterator[bytearray]) -> Iterator[memoryview]:
-    """The stored bytes of one tensor, piece by piece; a piece is valid until the second next one."""
+    """The stored bytes of one tensor, piece by piece; a piece is valid for as long as there are other buffers."""
     dtype = DTYPES[tensor.stored_dtype]
     if tensor.source is not None:
         for chunk in _read_chunks(tensor.source, buffers):

@@ -83,13 +83,27 @@ def test_a_copy_of_what_the_library_wrote_has_the_library_s_bytes_after_its_head
 
 
 def test_tensors_larger_than_a_buffer_are_copied_and_converted_in_pieces(folder, tensors, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "CHUNK_BYTES", 16)  # b.weight is 60 bytes: four pieces
+    for name, value in {"CHUNK_BYTES": 16, "NUM_BUFFERS": 2, "SYNC_BYTES": 16}.items():
+        monkeypatch.setattr(streaming, name, value)  # b.weight is 60 bytes: four pieces
     plan = [PlannedTensor("same", index_tensors(folder)["b.weight"])]
     plan += [PlannedTensor("half", index_tensors(folder)["b.weight"], dtype="BF16")]
-    write(plan, tmp_path / "copy")
+    records = write(plan, tmp_path / "copy")
     copied = load_file(tmp_path / "copy" / "model.safetensors")
     assert torch.equal(copied["same"], tensors["b.weight"])
     assert torch.equal(copied["half"], tensors["b.weight"].bfloat16())
+    for record in records:  # a buffer that is filled again too early would spoil the hash and nothing else
+        stored = copied[record["name"]].view(torch.uint8).numpy().tobytes()
+        assert record["sha256"] == hashlib.sha256(stored).hexdigest()
+
+
+def test_a_disk_that_fails_behind_the_writing_is_not_passed_over(folder, tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(streaming, "SYNC_BYTES", 16)
+    monkeypatch.setattr(streaming.os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(plan_of(folder), tmp_path / "copy")
 
 
 def test_shards_keep_the_limit_and_the_index_names_them(tmp_path):
