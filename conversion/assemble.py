@@ -21,9 +21,10 @@ from conversion.assembly_decoder import check_decoder_part, write_decoder_part
 from conversion.assembly_plan import DTYPE_FLAGS, AssemblyPlan, plan_tensors
 from conversion.chat_formats import ChatTemplate
 from conversion.command import make_parser, run_command
+from conversion.output_folder import check_output, new_folder
 from conversion.parts import Part, open_part
 from conversion.provenance import write_provenance
-from conversion.streaming import check_output, new_folder, write_shards
+from conversion.streaming import write_shards
 from conversion.vocabulary import Vocabulary, prepare_tokenizer
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, read_json
 

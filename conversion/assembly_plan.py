@@ -12,7 +12,7 @@ from conversion.assembly_config import AssembleArguments
 from conversion.new_tensors import new_module_tensors, new_rows
 from conversion.part_keys import LM_HEAD, expected_tensors, match_language_model, match_tower
 from conversion.parts import Part
-from conversion.streaming import DTYPES, PlannedTensor, SourceTensor
+from conversion.planned_tensors import DTYPES, PlannedTensor, SourceTensor
 from conversion.vocabulary import Vocabulary
 from modeling_pisces import PiscesConfig
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from conversion.hub_files import index_variant
-from conversion.streaming import PlannedTensor, SourceTensor, write_shards
+from conversion.planned_tensors import PlannedTensor, SourceTensor
+from conversion.streaming import write_shards
 from modeling_pisces.checkpoint_files_pisces import read_json
 
 

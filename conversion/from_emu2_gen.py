@@ -35,8 +35,9 @@ from conversion.emu2_keys import (
 from conversion.hub_files import find_folder, index_variant, read_weight_map, weight_patterns
 from conversion.output_folder import check_output, new_folder
 from conversion.parts import Part
+from conversion.planned_tensors import DTYPES, PlannedTensor, SourceTensor
 from conversion.provenance import write_provenance
-from conversion.streaming import DTYPES, PlannedTensor, SourceTensor, write_shards
+from conversion.streaming import write_shards
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
 from modeling_pisces.checkpoint_files_pisces import read_json
 from modeling_pisces.pipeline_checks_pisces import check_decoder

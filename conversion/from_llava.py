@@ -26,8 +26,9 @@ from conversion.llava_keys import (
 )
 from conversion.output_folder import check_output, new_folder
 from conversion.parts import Part, open_part
+from conversion.planned_tensors import DTYPES, PlannedTensor
 from conversion.provenance import write_provenance
-from conversion.streaming import DTYPES, PlannedTensor, write_shards
+from conversion.streaming import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor
 
 

@@ -28,8 +28,8 @@ from conversion.decoder_files import (
 from conversion.hub_files import find_folder, weight_patterns
 from conversion.output_folder import check_output, new_folder
 from conversion.parts import Part, read_license
+from conversion.planned_tensors import PlannedTensor, SourceTensor
 from conversion.provenance import write_provenance
-from conversion.streaming import PlannedTensor, SourceTensor
 from modeling_pisces.checkpoint_files_pisces import read_json
 from modeling_pisces.pipeline_checks_pisces import check_decoder
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from conversion.parts import Part
-from conversion.streaming import SourceTensor
+from conversion.planned_tensors import SourceTensor
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
 
 

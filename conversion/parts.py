@@ -20,7 +20,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from conversion.hub_files import find_folder
-from conversion.streaming import DTYPE_NAMES, PlannedTensor, SourceTensor, index_tensors, new_folder, write_shards
+from conversion.output_folder import new_folder
+from conversion.planned_tensors import DTYPE_NAMES, PlannedTensor, SourceTensor, index_tensors
+from conversion.streaming import write_shards
 from modeling_pisces import PiscesGenVisionConfig
 from modeling_pisces.checkpoint_files_pisces import read_json
 from modeling_pisces.configuration_pisces import num_patches

@@ -1,8 +1,7 @@
-"""Reads and writes safetensors files as byte ranges, so that no checkpoint is ever held in memory as a whole.
+"""Writes safetensors files as byte ranges of others, so that no checkpoint is ever held in memory as a whole.
 
-Every command of this room goes through it: `index_tensors` says where each tensor of a folder lies, a plan of
-`PlannedTensor` says what the new folder shall hold, and `write_shards` streams the bytes into a folder of `new_folder`
-(of `output_folder.py`, offered here as well). What the tensors mean is left to the callers.
+Every command of this room goes through `write_shards`: it streams the bytes of a plan, a list of `PlannedTensor`, into
+a folder of `conversion.output_folder`, and hashes them on the way.
 """
 
 import hashlib
@@ -11,186 +10,22 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from itertools import cycle
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
 
-from conversion.output_folder import check_output, new_folder
-from modeling_pisces.checkpoint_files_pisces import read_json, read_safetensors_header, weight_files
+from conversion.planned_tensors import DTYPES, PlannedTensor, SourceTensor, as_tensor
 
 
-# safetensors' names; alignment and order inside a file follow from the item size
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # pieces stay in a core's cache between reading, hashing and writing; enough of them that neither hashing nor writing
 # waits when the other stumbles. Their product is the memory of a copy (docs/log.md)
 CHUNK_BYTES = 2**20
 NUM_BUFFERS = 16
 # a file goes to the disk while it is still being written, not in one go at its end
 SYNC_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """Where one tensor lies: bytes `start` to `end` of a safetensors file, C-contiguous, little-endian."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-    def load(self) -> torch.Tensor:
-        """Read this tensor alone into memory."""
-        with open(self.file, "rb") as file:
-            file.seek(self.start)
-            data = bytearray(file.read(self.end - self.start))
-        return _as_tensor(data, DTYPES[self.dtype]).reshape(self.shape)
-
-    def rows(self, first: int, last: int) -> "SourceTensor":
-        """The part [first:last] of the first dimension, still without reading it; fused weights are split this way.
-
-        Raises:
-            ValueError: the range lies outside of the tensor.
-        """
-        if not self.shape or not 0 <= first < last <= self.shape[0]:
-            raise ValueError(f"{self.name}: rows {first} to {last} of a tensor of shape {self.shape} do not exist.")
-        size = (self.end - self.start) // self.shape[0]
-        start = self.start + first * size
-        return replace(self, shape=(last - first, *self.shape[1:]), start=start, end=self.start + last * size)
-
-    def reshaped(self, *shape: int) -> "SourceTensor":
-        """The same bytes under another shape of as many elements.
-
-        Raises:
-            ValueError: the number of elements differs.
-        """
-        if prod(shape) != prod(self.shape):
-            raise ValueError(f"{self.name}: shape {self.shape} cannot become {shape}; the sizes differ.")
-        return replace(self, shape=shape)
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the folder to write.
-
-    Args:
-        name: its key in the new folder.
-        source: bytes to copy from a part.
-        tensor: a new tensor; with `source`, new rows that follow the source's own.
-        part: which part of the model it belongs to; ends up in the records.
-        dtype: safetensors' name of the dtype to store; None keeps the source's (or the tensor's) own.
-
-    Raises:
-        ValueError: neither source nor tensor, rows that do not fit the source, or a dtype that safetensors lacks.
-    """
-
-    name: str
-    source: SourceTensor | None = None
-    tensor: torch.Tensor | None = None
-    part: str = "language_model"
-    dtype: str | None = None
-
-    def __post_init__(self):
-        if self.source is None and self.tensor is None:
-            raise ValueError(f"{self.name}: neither a source nor a tensor is planned for it.")
-        if self.stored_dtype not in DTYPES:
-            raise ValueError(f"{self.name}: dtype {self.stored_dtype} is not one of {', '.join(DTYPES)}.")
-        if self.source is not None and self.tensor is not None and self.tensor.shape[1:] != self.source.shape[1:]:
-            raise ValueError(
-                f"{self.name}: new rows of shape {tuple(self.tensor.shape)} do not continue {self.source.shape}."
-            )
-
-    @property
-    def stored_dtype(self) -> str:
-        if self.source is not None:
-            return self.dtype or self.source.dtype
-        assert self.tensor is not None, "checked when it was planned"
-        return self.dtype or DTYPE_NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        if self.source is None:
-            assert self.tensor is not None, "checked when it was planned"
-            return tuple(self.tensor.shape)
-        num_new = 0 if self.tensor is None else self.tensor.shape[0]
-        return (self.source.shape[0] + num_new, *self.source.shape[1:]) if num_new else self.source.shape
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.stored_dtype].itemsize
-
-
-def index_tensors(folder: str | os.PathLike, stem: str = "model") -> dict[str, SourceTensor]:
-    """Say where every tensor of a folder lies; only headers are read.
-
-    Args:
-        folder: holds `{stem}.safetensors`, or shards and `{stem}.safetensors.index.json`.
-
-    Returns:
-        name -> place, sorted by name.
-
-    Raises:
-        ValueError: a file is missing, broken or cut off; two shards hold the same name; index and shards disagree.
-    """
-    folder = Path(folder)
-    found: dict[str, SourceTensor] = {}
-    for path in weight_files(folder, stem):
-        for tensor in _read_places(path):
-            if tensor.name in found:
-                raise ValueError(f"{path}: {tensor.name} is also in {found[tensor.name].file.name}. Save it again.")
-            found[tensor.name] = tensor
-    index_path = folder / f"{stem}.safetensors.index.json"
-    if index_path.exists():
-        _check_index(index_path, found)
-    return dict(sorted(found.items()))
-
-
-def _read_places(path: Path) -> Iterator[SourceTensor]:
-    read_safetensors_header(path)  # refuses what is no safetensors file, or not a whole one
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_size))
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = (8 + header_size + offset for offset in entry["data_offsets"])
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if dtype not in DTYPES or end - start != prod(shape) * DTYPES[dtype].itemsize:
-            raise ValueError(
-                f"{path}: {name} is {dtype} {shape} in {end - start} bytes; that cannot be. Save it again."
-            )
-        yield SourceTensor(path, name, dtype, shape, start, end)
-
-
-def _check_index(index_path: Path, found: dict[str, SourceTensor]) -> None:
-    weight_map = read_json(index_path).get("weight_map", {})
-    for name in sorted(weight_map.keys() | found.keys()):
-        listed, actual = weight_map.get(name), found[name].file.name if name in found else None
-        if listed != actual:
-            raise ValueError(
-                f"{index_path}: {name} is listed in {listed or 'no shard'}, found in {actual or 'no shard'}. "
-                "Download or save the checkpoint again."
-            )
 
 
 def parse_size(size: int | str) -> int:
@@ -319,7 +154,7 @@ def _chunks(tensor: PlannedTensor, buffers: Iterator[bytearray]) -> Iterator[mem
     if tensor.source is not None:
         for chunk in _read_chunks(tensor.source, buffers):
             if tensor.source.dtype != tensor.stored_dtype:
-                chunk = _as_bytes(_converted(tensor.name, _as_tensor(chunk, DTYPES[tensor.source.dtype]), dtype))
+                chunk = _as_bytes(_converted(tensor.name, as_tensor(chunk, DTYPES[tensor.source.dtype]), dtype))
             yield chunk
     if tensor.tensor is not None:
         data = _as_bytes(_converted(tensor.name, tensor.tensor.detach().cpu(), dtype))
@@ -358,23 +193,9 @@ def _write_all(file: BinaryIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _as_tensor(data: bytearray | memoryview, dtype: torch.dtype) -> torch.Tensor:
-    return torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
-
-
 def _as_bytes(tensor: torch.Tensor) -> memoryview:
     # through uint8, because numpy has no bfloat16
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
-__all__ = [
-    "DTYPES",
-    "DTYPE_NAMES",
-    "PlannedTensor",
-    "SourceTensor",
-    "check_output",
-    "index_tensors",
-    "new_folder",
-    "parse_size",
-    "write_shards",
-]
+__all__ = ["parse_size", "write_shards"]

@@ -28,7 +28,8 @@ from conversion.llava_keys import (
     tower_type,
 )
 from conversion.output_folder import check_output, new_folder
-from conversion.streaming import PlannedTensor, index_tensors, write_shards
+from conversion.planned_tensors import PlannedTensor, index_tensors
+from conversion.streaming import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_config, read_json
 from modeling_pisces.configuration_pisces import num_prefix_tokens

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipConfig, SiglipMode
 
 from conversion.part_keys import expected_tensors, match_language_model, match_tower
 from conversion.parts import Part
-from conversion.streaming import SourceTensor
+from conversion.planned_tensors import SourceTensor
 from modeling_pisces import PiscesConfig, PiscesGenVisionConfig, PiscesGenVisionModel
 
 

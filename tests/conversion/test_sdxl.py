@@ -15,7 +15,7 @@ from conversion.command import run_command
 from conversion.decoder_files import build_component, change_scheduler, state_shapes
 from conversion.from_sdxl import from_sdxl, main, resize_unet, resized_config
 from conversion.parts import open_part
-from conversion.streaming import SourceTensor
+from conversion.planned_tensors import SourceTensor
 from modeling_pisces.pipeline_pisces import PiscesPipeline
 from tests.conversion.emu2_fixtures import serve, write_decoder_parts
 from tests.conversion.part_fixtures import change_json

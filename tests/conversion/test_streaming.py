@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import streaming
-from conversion.streaming import PlannedTensor, index_tensors, new_folder, parse_size, write_shards
+from conversion.output_folder import new_folder
+from conversion.planned_tensors import PlannedTensor, index_tensors
+from conversion.streaming import parse_size, write_shards
 
 
 @pytest.fixture
