@@ -37,7 +37,7 @@ def is_current(path: Path, results: dict[str, Any], name: str) -> bool:
 def plot_question(results: dict[str, Any], name: str, metrics: dict[str, tuple[str, Any]], path: Path) -> None:
     """Write the picture of one question: one panel per metric, with the reader's ceiling as a dotted line."""
     arms = numbers_of(results, name)
-    figure, axes = make_figure(1, len(metrics), (2.6 * len(metrics), 2.8))
+    figure, axes = make_figure(1, len(metrics), (2.3 * len(metrics), 3))
     for axis, (metric, (words, _)) in zip(axes, metrics.items(), strict=True):
         for place, arm in enumerate(arms.values()):
             if metric not in arm:
@@ -48,10 +48,11 @@ def plot_question(results: dict[str, Any], name: str, metrics: dict[str, tuple[s
             ceiling = arm["ceiling"].get({"detailed": "objects"}.get(metric, metric))
             if ceiling is not None:
                 axis.plot([place - 0.35, place + 0.35], [ceiling] * 2, ":", color="tab:gray", linewidth=1)
-        axis.set_title(words, fontsize=8)
+        axis.set_title(words.replace(", ", ",\n"), fontsize=8)
         axis.set_xticks(range(len(arms)), list(arms), rotation=25, ha="right", fontsize=7)
         axis.set_xlim(-0.6, len(arms) - 0.4)
-        axis.set_ylim(0, 1.03)
+        lowest = min(value for arm in arms.values() if metric in arm for value in arm[metric]["values"])
+        axis.set_ylim(min(0, 1.1 * lowest), 1.03)
         axis.tick_params(axis="y", labelsize=7)
         axis.grid(True, axis="y", alpha=0.3)
     save_figure(figure, path, **{DIGEST: digest_of(results, name)})

@@ -25,6 +25,7 @@ METRICS: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
     "objects": ("objects drawn, short captions", lambda score: score["drawing"]["short"]["objects"]["value"]),
     "detailed": ("objects drawn, detailed captions", lambda score: score["drawing"]["detailed"]["objects"]["value"]),
     "whole": ("whole drawings, short captions", lambda score: score["drawing"]["short"]["strict"]["value"]),
+    "vector_r2": ("R² of the drawn vectors, short captions", lambda score: score["drawing"]["short"]["vector_r2"]),
 }
 WRITER = "python -m evaluation.study report"
 
@@ -145,8 +146,8 @@ def run_section(results: dict[str, Any]) -> str:
     checked = {name: f"{item['value']:.3f} ({item['low']:.2f}-{item['high']:.2f})" for name, item in check.items()}
     return "\n".join(
         [
-            f"- Budget `{results['budget']}`: {sizes['num_scenes']:,} training scenes of at most "
-            f"{sizes['max_objects']} objects; language model of width {sizes['hidden_size']} and "
+            f"- Budget `{results['budget']}`: {sizes['num_scenes']:,} training scenes, most objects in a scene: "
+            f"{sizes['max_objects']}; language model of width {sizes['hidden_size']} and "
             f"{sizes['num_hidden_layers']} layers; optimizer steps: {steps}; {sizes['batch_size']} rows of each side "
             f"in a step; seeds {', '.join(map(str, seeds))}.",
             f"- Scored on {sizes['num_heldout']} held-out scenes and {sizes['num_questions']} questions about them.",

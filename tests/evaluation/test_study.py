@@ -196,7 +196,7 @@ def fake_results() -> dict:
     """A results file as `collect` makes it, with numbers that can be told apart."""
     arms = {}
     for index, (name, arm) in enumerate(ARMS.items()):
-        metrics = {"questions": "u", "objects": "g", "detailed": "g", "whole": "g"}
+        metrics = {"questions": "u", "objects": "g", "detailed": "g", "whole": "g", "vector_r2": "g"}
         values = [round(0.3 + 0.01 * index + 0.001 * seed, 4) for seed in range(3)]
         arms[name] = {m: report.summarize_seeds(values) for m, side in metrics.items() if side in arm.sides}
         arms[name]["difference"] = {
@@ -221,7 +221,7 @@ def test_a_clear_difference_is_bold_and_an_absent_side_stays_empty():
     section = report.question_section(results, "joint")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     assert rows[2][:2] == ["both sides together", "0.301 ± 0.001"] and rows[2][-1] == "0.987, 0.954"
-    assert rows[3] == ["understanding alone", "0.331 ± 0.001; **+0.030** (+0.030 to +0.030)", "", "", "", ""]
+    assert rows[3] == ["understanding alone", "0.331 ± 0.001; **+0.030** (+0.030 to +0.030)", "", "", "", "", ""]
     assert rows[4][1] == "" and rows[4][2].startswith("0.341 ± 0.001; **+0.040**")
     results["arms"]["cosine"]["difference"]["objects"] = {"mean": 0.05, "low": -0.01, "high": 0.11}
     assert "+0.050 (-0.010 to +0.110)" in report.question_section(results, "loss")
