@@ -14,7 +14,7 @@ from evaluation.study.report import check_page, report
 from evaluation.study.steps import Plan, run_plan
 
 
-SEEDS = [0, 1, 2]
+SEEDS = [0, 1, 2, 3]
 
 
 def run(options: argparse.Namespace) -> None:
