@@ -101,7 +101,7 @@ def _write_random(folder: Path, shapes: dict[str, torch.Size], shard_bytes: int)
 
 
 def run(what: str, parts: Path, output: Path, shard_bytes: int) -> dict[str, float]:
-    """ "assemble" or "copy" in a fresh process; seconds without the imports."""
+    """One run in a fresh process, of "assemble" or "copy"; seconds without the imports."""
     shutil.rmtree(output, ignore_errors=True)
     tiny = parts.with_name("tiny")
     warm_up = _arguments(tiny, tiny / "pisces", shard_bytes)
@@ -165,6 +165,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--folder", help="where to work, on the disk to measure (default: the system's)")
     arguments = parser.parse_args()
+    if len(set(arguments.sizes_gb)) < 2:
+        parser.error(f"--sizes_gb {arguments.sizes_gb}: expected two sizes or more; a slope needs them.")
+    if arguments.pairs < 1:
+        parser.error(f"--pairs {arguments.pairs}: expected at least one.")
     shard_bytes = int(arguments.max_shard_size_gb * GB)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         write_parts(

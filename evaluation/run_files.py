@@ -26,12 +26,12 @@ Item = TypeVar("Item")
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(prefix: str = "") -> Iterator[None]:
     """How every command of this room ends: what a user can cause is one line on stderr and exit code 1."""
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
-        sys.exit(" ".join(str(error).split()))
+        sys.exit(prefix + " ".join(str(error).split()))
 
 
 def describe_machine() -> dict[str, Any]:
@@ -80,13 +80,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), prefix=f".{os.getpid()}.")
 
 
-def keep_settings(path: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
+def keep_settings(path: Path, settings: dict[str, Any], facts: dict[str, Any], flag: str = "--output") -> None:
     """Begin a run file, or check that the run it describes had the same settings; a new commit is added to its list.
 
     Args:
         path: JSON file of a run; written if it is not there.
         settings: plain JSON types; what has to be equal for a run to go on.
         facts: "commit" and whatever else describes the run.
+        flag: what names the run's place on the command line, for the message.
 
     Raises:
         ValueError: the file was begun with other settings; names the first of them.
@@ -96,7 +97,7 @@ def keep_settings(path: Path, settings: dict[str, Any], facts: dict[str, Any]) -
         if path.is_file() and before["settings"].get(name) != value:
             raise ValueError(
                 f"{path} was begun with {name} {before['settings'].get(name)!r}, not {value!r}. Choose another "
-                "--output, or repeat the command with the old value."
+                f"{flag}, or repeat the command with the old value."
             )
     commit = facts["commit"]
     commits = before["commits"] + [commit] * (commit not in before["commits"])

@@ -30,6 +30,7 @@ from evaluation.summaries import (
     seed_generators,
     summarize,
 )
+from modeling_pisces.checkpoint_files_pisces import find_checkpoint
 from modeling_pisces.measurement_pisces import current_command
 
 
@@ -142,7 +143,7 @@ def load_pipeline(arguments: argparse.Namespace):
     """The checkpoint's pipeline; flags that were given replace its own defaults of sampling."""
     from modeling_pisces import PiscesPipeline
 
-    pipeline = PiscesPipeline.from_pretrained(arguments.model)
+    pipeline = PiscesPipeline.from_pretrained(find_checkpoint(arguments.model))
     pipeline.set_progress_bar_config(disable=True)
     if arguments.guidance_scale is not None:
         pipeline.register_to_config(default_guidance_scale=arguments.guidance_scale)

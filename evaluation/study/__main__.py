@@ -5,34 +5,34 @@ into results/study.json, plots and the tables of docs/study.md. `run` itself cal
 """
 
 import argparse
-import sys
 from pathlib import Path
+from typing import Any
 
-from evaluation.run_files import describe_machine, keep_settings, write_json
+from evaluation.run_files import describe_machine, keep_settings, one_line_errors, write_json
 from evaluation.study.arms import BUDGETS
 from evaluation.study.report import check_page, report
 from evaluation.study.steps import Plan, run_plan
+from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
 
 
 SEEDS = [0, 1, 2, 3]
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs}: expected at least one command at a time.")
+    check_checkpoint(find_checkpoint(options.model), with_decoder=True)  # the decoder is what readers are held against
     plan = Plan(options.work, options.model, BUDGETS[options.budget], options.seeds, options.bf16)
     settings = {"budget": options.budget, "model": options.model, "bf16": options.bf16}
-    keep_settings(options.work / "settings.json", settings, describe_machine())
+    keep_settings(options.work / "settings.json", settings, describe_machine(), flag="--work")
     run_plan(plan, options.jobs)
 
 
-def load_checkpoint(folder: str):
-    """Model and processor of a folder, ready to be asked, on the GPU if there is one."""
-    import torch
-    from transformers import AutoModelForMultimodalLM, AutoProcessor
+def load_checkpoint(name: str) -> tuple[Any, Any]:
+    """Model and processor, ready to be asked, on the GPU if there is one."""
+    from modeling_pisces.model_loading_pisces import load_model
 
-    import modeling_pisces  # noqa: F401  registers the Auto classes
-
-    model = AutoModelForMultimodalLM.from_pretrained(folder).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoProcessor.from_pretrained(folder)
+    return load_model(find_checkpoint(name))
 
 
 def reader(options: argparse.Namespace) -> None:
@@ -119,10 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
-    try:
+    with one_line_errors("error: "):  # a command that failed is a ChildProcessError, which is an OSError
         options.main(options)
-    except (ValueError, OSError) as error:  # ChildProcessError is an OSError
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

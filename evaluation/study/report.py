@@ -41,7 +41,8 @@ def read_scores(work: Path, name: str, seeds: list[int]) -> list[dict[str, Any]]
     """
     paths = [work / "scores" / name / str(seed) / "score.json" for seed in seeds]
     if missing := [str(path) for path in paths if not path.is_file()]:
-        raise ValueError(f"{missing[0]} is missing. Run `python -m evaluation.study run --work {work}` to its end.")
+        command = f"python -m evaluation.study run --work {work} --seeds {' '.join(map(str, seeds))}"
+        raise ValueError(f"{missing[0]} is missing. Run `{command}` to its end.")
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 

@@ -241,6 +241,28 @@ def test_a_page_that_says_something_else_is_named(tmp_path):
         report.check_page(file, page)
 
 
+def test_what_cannot_work_is_refused_before_any_scene_is_drawn(tmp_path):
+    work = tmp_path / "work"
+    for flags, message in (
+        (["--jobs", "0"], r"error: --jobs 0: expected at least one"),
+        (["--model", "nope"], r"error: nope: no such folder\. Give a checkpoint folder"),
+        (["--model", str(tmp_path)], r"config\.json"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            commands.main(
+                ["run", "--work", str(work), "--budget", "toy", "--model", str(ROOT / "pisces-tiny"), *flags]
+            )
+    assert not work.exists()
+
+
+def test_other_settings_and_missing_seeds_are_answered_with_the_flags_of_this_command(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"settings": {"budget": "full"}, "commits": []}))
+    with pytest.raises(SystemExit, match=r"begun with budget 'full', not 'toy'\. Choose another --work, or"):
+        commands.main(["run", "--work", str(tmp_path), "--budget", "toy", "--model", str(ROOT / "pisces-tiny")])
+    with pytest.raises(SystemExit, match=r"is missing\. Run `.* --seeds 0 7` to its end"):
+        commands.main(["report", "--work", str(tmp_path), "--seeds", "0", "7"])
+
+
 def test_a_page_without_markers_and_a_study_without_end_are_refused(tmp_path):
     with pytest.raises(ValueError, match="the page lacks its markers '<!-- run: begin"):
         report.fill_page("# study", fake_results())
