@@ -4,7 +4,6 @@ Needs a copy of github.com/baaivision/Emu, named by PISCES_EMU. Its tower runs a
 two small helpers, stand-ins do.
 """
 
-import ast
 import importlib.util
 import os
 import sys
@@ -23,6 +22,7 @@ pytest.importorskip("diffusers")
 from conversion.from_emu2_gen import from_emu2_gen
 from modeling_pisces import PiscesGenVisionModel, pool_patches
 from tests.conversion.emu2_fixtures import FULL_SIZE, SMALL_SIZE, EvaTower, make_tower, write_emu2_gen
+from tests.official_code import load_functions
 
 
 VARIABLE = "PISCES_EMU"
@@ -65,12 +65,7 @@ def make_official(official_class, settings: dict) -> nn.Module:
 
 def official_encode_image():
     """EmuModel.encode_image as a function of (self, pixels, n_query); the rest of the class wants a whole language model."""
-    tree = ast.parse((CODE / "emu.py").read_text(encoding="utf-8"))
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "encode_image"]
-    tree.body = nodes
-    names = {"torch": torch, "F": F}
-    exec(compile(tree, "emu.py", "exec"), names)
-    return names["encode_image"]
+    return load_functions(CODE / "emu.py", {"encode_image"}, {"torch": torch, "F": F})["encode_image"]
 
 
 def test_the_published_names_and_shapes_are_those_of_the_official_class(official_class, monkeypatch):

@@ -4,7 +4,6 @@ Needs a copy of github.com/djghosh13/geneval, named by PISCES_GENEVAL. Of its sc
 run as they are; the detector and the colour model are the same random lists for both.
 """
 
-import ast
 import json
 import os
 import random
@@ -17,6 +16,7 @@ import pytest
 
 from evaluation.geneval_rules import Found, Thresholds, judge
 from evaluation.prompt_sets import GENEVAL_TASKS, load_prompts
+from tests.official_code import load_functions
 
 
 VARIABLE = "PISCES_GENEVAL"
@@ -33,10 +33,7 @@ pytestmark = [
 
 
 def load_official(thresholds: Thresholds) -> dict:
-    """The official functions, with names in place of models; importing the file would ask for mmdet and a GPU."""
-    tree = ast.parse(SCORER.read_text(encoding="utf-8"))
-    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS]
-    assert len(tree.body) == len(FUNCTIONS)
+    """The official functions, with names in place of models."""
     names = {
         "np": np,
         "json": json,
@@ -50,8 +47,7 @@ def load_official(thresholds: Thresholds) -> dict:
         "ImageOps": SimpleNamespace(exif_transpose=lambda image: None),
         "object_detector": None,
     }
-    exec(compile(tree, str(SCORER), "exec"), names)
-    return names
+    return load_functions(SCORER, FUNCTIONS, names)
 
 
 def random_picture(entry: dict, rng: random.Random) -> dict[Found, str]:
