@@ -5,7 +5,9 @@ placeholder text that a user typed, and the arithmetic of assistant masks. Plain
 no pixels.
 """
 
+import dataclasses
 from bisect import bisect_right
+from collections.abc import Mapping
 from typing import Any
 
 from .image_loading_pisces import decode_base64
@@ -55,8 +57,10 @@ def default_chat_template(image_token: str, gen_image_token: str) -> str:
 def normalize_conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
     """Copy one conversation or a batch of them into one form; the caller's objects stay as they are.
 
-    Keys whose value is None are dropped (tables fill missing keys with None), OpenAI's `image_url` parts become
-    `image` parts, and an image part keeps its picture under the key "image" alone.
+    A message or part may be a dict, a dataclass or a pydantic model (as clients of model servers return them), and a
+    conversation an object with such `messages`. Keys whose value is None are dropped (tables fill missing keys with
+    None), OpenAI's `image_url` parts become `image` parts, and an image part keeps its picture under the key "image"
+    alone.
 
     Returns:
         The conversations, and whether a batch was given.
@@ -64,17 +68,28 @@ def normalize_conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
     Raises:
         ValueError: naming row and turn, for anything that is not a list of messages with a role and known parts.
     """
+    conversation = getattr(conversation, "messages", conversation)
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ValueError(
             f"a conversation is a non-empty list of messages, not {conversation!r:.80}. "
             'Write [{"role": "user", "content": "..."}].'
         )
-    is_batched = isinstance(conversation[0], (list, tuple))
-    rows = conversation if is_batched else [conversation]
+    is_batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+    rows = [getattr(row, "messages", row) for row in conversation] if is_batched else [conversation]
     return [[_message(m, f"row {r}, turn {t}") for t, m in enumerate(row)] for r, row in enumerate(rows)], is_batched
 
 
+def _as_dict(value: Any) -> Any:
+    """A dataclass or pydantic model as a dict of its fields, whose values stay what they are; other things as is."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value.model_dump() if callable(getattr(value, "model_dump", None)) else value
+
+
 def _message(message: Any, where: str) -> dict:
+    message = _as_dict(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"{where}: a message is a dict with a role and a content, not {message!r:.80}.")
     message = {key: value for key, value in message.items() if value is not None}
@@ -89,6 +104,7 @@ def _message(message: Any, where: str) -> dict:
 def _part(part: Any, where: str) -> dict:
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    part = _as_dict(part)
     part = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
     if part.get("type") == "text" and isinstance(part.get("text"), str):
         return part
@@ -102,7 +118,7 @@ def _part(part: Any, where: str) -> dict:
         raise ValueError(f"{where}: one image part has several sources {sources}. Keep one of them.")
     if "image_vectors" in part or not sources:
         return {key: part[key] for key in ("type", "image_vectors") if key in part} | {"type": "image"}
-    source = part[sources[0]]
+    source = _as_dict(part[sources[0]])
     if isinstance(source, dict) and "url" in source:  # OpenAI's {"image_url": {"url": ...}}
         source = source["url"]
     if sources == ["base64"] and not str(source).startswith("data:"):

@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import CompileConfig
 from transformers.masking_utils import create_masks_for_generate
 
+from .outputs_pisces import CACHE_NAME
+
 
 IMAGE_INPUTS = ("pixel_values", "image_features", "gen_pixel_values", "gen_image_vectors")
 
@@ -36,7 +38,7 @@ class EmbeddingRun:
         self.model = model
         self.input_ids = input_ids
         self.model_kwargs = model_kwargs
-        self.cache: Cache | None = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
+        self.cache: Cache | None = model_kwargs.get(CACHE_NAME) if model_kwargs.get("use_cache", True) else None
         self.has_static_cache = (
             self.cache is not None and self.cache.is_compileable and type(self.cache) is not DynamicCache
         )
@@ -45,7 +47,7 @@ class EmbeddingRun:
         self.position: torch.Tensor | None = None  # (B, 1) of the newest embedding
         self.dtype: torch.dtype | None = None  # of the language model; a projector may be kept in fp32
         self.embeds: torch.Tensor | None = None  # (B, T so far, D), kept only without a cache
-        self.forward = model.model.language_model.forward
+        self.forward = model.model.language_model
         if model._valid_auto_compile_criteria(model_kwargs, generation_config):
             compile_config = generation_config.compile_config or CompileConfig()
             self.forward = torch.compile(model.model.language_model, **compile_config.to_dict())
@@ -80,9 +82,9 @@ class EmbeddingRun:
             return None
         if past_length >= total:
             raise ValueError(
-                f"past_key_values holds {past_length} tokens and the prompt has {total}: nothing is left to "
-                "start from. Pass the whole sequence with at least one new token, or the new tokens with the whole "
-                "attention_mask."
+                f"the cache given as cache or past_key_values holds {past_length} tokens and the prompt has {total}: "
+                "nothing is left to start from. Pass the whole sequence with at least one new token, or the new "
+                "tokens with the whole attention_mask."
             )
         return total - past_length
 
@@ -111,8 +113,8 @@ class EmbeddingRun:
             config=self.model.config.get_text_config(),
             inputs_embeds=embeds,
             attention_mask=self.mask,
-            past_key_values=self.cache,
             position_ids=self.position,
+            **{CACHE_NAME: self.cache},
         )
         if isinstance(masks, dict):
             return {kind: _contiguous(mask) for kind, mask in masks.items()}
@@ -123,9 +125,9 @@ class EmbeddingRun:
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=self.cache is not None,
             return_dict=True,
+            **{CACHE_NAME: self.cache},
         )
         return outputs.last_hidden_state[:, -1]
 

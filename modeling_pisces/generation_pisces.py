@@ -12,7 +12,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .embedding_run_pisces import IMAGE_INPUTS, EmbeddingRun
-from .outputs_pisces import PiscesGenerateOutput
+from .outputs_pisces import CACHE_NAME, PiscesGenerateOutput
 from .placeholders_pisces import placeholder_mask
 
 
@@ -238,7 +238,7 @@ class PiscesGenerationMixin(GenerationMixin):
             sequences=torch.cat([input_ids, placeholders, end], dim=1),
             image_vectors=vectors,
             image_rows=torch.arange(num_rows, device=input_ids.device),
-            past_key_values=run.cache,
+            **{CACHE_NAME: run.cache},
         )
 
     def _sample_interleaved(
@@ -325,7 +325,7 @@ class PiscesGenerationMixin(GenerationMixin):
             sequences=sequences,
             image_vectors=images,
             image_rows=torch.tensor(rows, dtype=torch.long, device=sequences.device),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
         )
 
     def _draw_noise(

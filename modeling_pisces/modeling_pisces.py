@@ -19,7 +19,13 @@ from .configuration_pisces import PiscesConfig, num_patches
 from .generation_pisces import PiscesGenerationMixin
 from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
 from .modeling_pisces_heads import PiscesFlowBlock, PiscesProjector, build_gen_head
-from .outputs_pisces import PiscesCausalLMOutputWithPast, PiscesModelOutputWithPast
+from .outputs_pisces import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    PiscesCausalLMOutputWithPast,
+    PiscesModelOutputWithPast,
+    one_cache,
+)
 from .placeholders_pisces import check_packed_inputs, check_placeholder_runs, find_sample_starts, placeholder_mask
 
 
@@ -37,7 +43,7 @@ class PiscesPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # both losses are means over their own side; Trainer must go on dividing by gradient accumulation itself
     accepts_loss_kwargs = False
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -214,12 +220,8 @@ class PiscesModel(PiscesPreTrainedModel):
         embed = self.get_input_embeddings()
         if inputs_embeds is None:
             inputs_embeds = embed(input_ids)
-        if image_features is not None:
-            image_features = self.multi_modal_projector(image_features)
-        elif mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
-            image_features = _stack(mm_encoder_outputs["image"].pooler_output)
-        elif pixel_values is not None:
-            image_features = self.get_image_features(pixel_values, return_dict=True, **vision_kwargs).pooler_output
+        image_outputs = self._image_outputs(pixel_values, mm_encoder_outputs, image_features, **vision_kwargs)
+        image_features = None if image_outputs is None else _stack(image_outputs.pooler_output)
         if gen_image_vectors is None and gen_pixel_values is not None:
             gen_image_vectors = self.encode_gen_images(gen_pixel_values)
         gen_features = None
@@ -239,6 +241,20 @@ class PiscesModel(PiscesPreTrainedModel):
         if self.training and torch.is_grad_enabled():
             inputs_embeds = self._touch_absent_sides(inputs_embeds, image_features, gen_features)
         return inputs_embeds, image_features, gen_image_vectors, gen_mask
+
+    def _image_outputs(
+        self,
+        pixel_values: torch.Tensor | None,
+        mm_encoder_outputs: dict | None,
+        image_features: torch.Tensor | None,
+        **vision_kwargs,
+    ) -> BaseModelOutputWithPooling | None:
+        """Shown images, whichever way they came, as `get_image_features` returns them; None without any."""
+        if image_features is not None:
+            return BaseModelOutputWithPooling(pooler_output=self.multi_modal_projector(image_features))
+        if pixel_values is not None:
+            return self.get_image_features(pixel_values, return_dict=True, **vision_kwargs)
+        return (mm_encoder_outputs or {}).get("image")
 
     def _noised(self, vectors: torch.Tensor) -> torch.Tensor:
         if not self.training or self.config.gen_input_noise == 0:
@@ -292,6 +308,7 @@ class PiscesModel(PiscesPreTrainedModel):
         gen_image_vectors: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         image_features: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> PiscesModelOutputWithPast:
         """Run images and text through the language model.
@@ -307,6 +324,7 @@ class PiscesModel(PiscesPreTrainedModel):
             gen_image_vectors: (J, M, Dg) instead of `gen_pixel_values`, already encoded or drawn.
             mm_encoder_outputs: {"image": output of `get_image_features`} instead of `pixel_values`.
             image_features: (I, N, C) of `encode_images` instead of `pixel_values`; the projector still runs.
+            past_key_values, cache: what earlier calls left; two names for one thing, either is taken.
 
         Returns:
             `PiscesModelOutputWithPast`, `last_hidden_state` (B, T, D) after the final norm.
@@ -322,39 +340,40 @@ class PiscesModel(PiscesPreTrainedModel):
             raise ValueError(f"You cannot specify both {' and '.join(given)}; drop one of them.")
         if gen_pixel_values is not None and gen_image_vectors is not None:
             raise ValueError("You cannot specify both gen_pixel_values and gen_image_vectors; drop one of them.")
-        starts = None if past_key_values is not None else find_sample_starts(position_ids, attention_mask)
+        cache = one_cache(past_key_values, cache)
+        starts = None if cache is not None else find_sample_starts(position_ids, attention_mask)
         if starts is not None:
             check_packed_inputs(starts, attention_mask, kwargs.get("use_cache"))
         is_packed = starts is not None and attention_mask is None
-        if kwargs.get("use_cache") is None and past_key_values is None and (is_packed or self.training):
+        if kwargs.get("use_cache") is None and cache is None and (is_packed or self.training):
             # the default of most language models is a new cache: it would copy all keys and let samples see each other
             kwargs["use_cache"] = False
+        image_outputs = self._image_outputs(pixel_values, mm_encoder_outputs, image_features)
         inputs_embeds, image_features, gen_image_vectors, gen_mask = self.merge_inputs(
             input_ids,
             inputs_embeds,
-            pixel_values,
-            gen_pixel_values,
-            gen_image_vectors,
-            mm_encoder_outputs,
-            image_features=image_features,
+            gen_pixel_values=gen_pixel_values,
+            gen_image_vectors=gen_image_vectors,
+            mm_encoder_outputs={"image": image_outputs},
             sample_starts=starts,
         )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             return_dict=True,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         return PiscesModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            image_outputs=image_outputs,
             image_hidden_states=image_features,
             gen_image_vectors=gen_image_vectors,
             gen_image_mask=gen_mask,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 
@@ -447,6 +466,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         skip_logits: bool | None = None,
         mm_encoder_outputs: dict | None = None,
         image_features: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> PiscesCausalLMOutputWithPast:
         """Run the backbone, and with `labels` compute both losses.
@@ -467,13 +487,13 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             gen_pixel_values=gen_pixel_values,
             gen_image_vectors=gen_image_vectors,
             mm_encoder_outputs=mm_encoder_outputs,
             image_features=image_features,
             return_dict=True,
+            **{CACHE_NAME: one_cache(past_key_values, cache)},
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -488,10 +508,11 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         return PiscesCausalLMOutputWithPast(
             **losses,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            image_outputs=outputs.image_outputs,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _losses(self, hidden: torch.Tensor, targets: torch.Tensor, outputs: PiscesModelOutputWithPast) -> dict:
