@@ -59,8 +59,8 @@ def normalize_conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
 
     A message or part may be a dict, a dataclass or a pydantic model (as clients of model servers return them), and a
     conversation an object with such `messages`. Keys whose value is None are dropped (tables fill missing keys with
-    None), OpenAI's `image_url` parts become `image` parts, and an image part keeps its picture under the key "image"
-    alone.
+    None), OpenAI's `image_url` parts become `image` parts, and an image part keeps its picture under the key
+    "image"; one that came as an address keeps that as "url" too.
 
     Returns:
         The conversations, and whether a batch was given.
@@ -123,7 +123,8 @@ def _part(part: Any, where: str) -> dict:
         source = source["url"]
     if sources == ["base64"] and not str(source).startswith("data:"):
         source = decode_base64(str(source), f"{where}, base64 image")
-    return {"type": "image", "image": source}
+    address = {"url": source} if sources[0] in ("url", "image_url") else {}  # some templates write it into the prompt
+    return {"type": "image", "image": source, **address}
 
 
 def refuse_typed_tokens(conversations: list[list[dict]], tokens: list[str]) -> None:

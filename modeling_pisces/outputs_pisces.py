@@ -7,6 +7,7 @@ outputs and as a key of `model_kwargs`. This file is the only one that knows bot
 
 # B rows, T tokens, D language-model width, I understanding images, J generated/target images,
 # N understanding vectors per image, M generated vectors per image, Dg width of a generated vector
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,11 +26,15 @@ CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if fie
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache, under whichever of its two names it was given.
+    """The cache, under whichever of its two names it was given; warns of the name that transformers has given up.
 
     Raises:
         ValueError: two different caches were given.
     """
+    if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+        warnings.warn(
+            "`past_key_values` is deprecated since transformers 5.24. Use `cache`.", FutureWarning, stacklevel=4
+        )
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError(
             "past_key_values and cache are two names for one thing, and both were given. Pass one of them."

@@ -104,7 +104,7 @@ def main() -> int:
         ours = lay_out(source, Path(folder))
         search_path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": search_path}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(ours)]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--disable-warnings", str(ours)]
         command += pytest_arguments
         return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 

@@ -76,6 +76,14 @@ def test_two_different_caches_are_refused(model):
     assert one_cache(same, same) is same
 
 
+def test_only_the_name_that_transformers_gave_up_is_warned_about(model, recwarn):
+    given_up = {"past_key_values", "cache"} - {CACHE_NAME} if CACHE_NAME == "cache" else set()
+    for name in ("past_key_values", "cache"):
+        recwarn.clear()
+        model(input_ids=PROMPT, **{name: DynamicCache()})
+        assert [str(w.message).split()[0] for w in recwarn.list] == [f"`{n}`" for n in given_up if n == name]
+
+
 @pytest.mark.parametrize("mode", ["image", "interleaved"])
 def test_generate_returns_the_cache_under_the_installed_name(model, mode):
     out = model.generate(
