@@ -14,7 +14,7 @@ SEED ?= 0
 OUTPUT ?= outputs
 TESTS ?= tests
 WORKERS ?= 2
-VERSION ?= 5.16.1 5.19.0 5.23.0
+VERSION ?= 5.16.1 5.19.0 5.23.0 5.24.0
 
 # A shell argument, whatever quotes the value holds.
 quoted = '$(subst ','\'',$(1))'
@@ -54,7 +54,7 @@ test: $(INSTALLED) ## the fast tests (WORKERS=2 processes)
 test-all: $(INSTALLED) ## every test
 	@$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS)
 
-test-transformers: $(INSTALLED) ## the fast tests on several releases of transformers (VERSION="5.16.1 5.19.0 5.23.0")
+test-transformers: $(INSTALLED) ## the fast tests on several releases of transformers (VERSION="5.16.1 5.19.0 5.23.0 5.24.0")
 	@set -e; for version in $(VERSION); do \
 		venv=.venv-transformers-$$version; \
 		grep -vE '^(transformers|huggingface-hub)==' constraints.txt > $(VENV)/constraints-without-transformers.txt; \
