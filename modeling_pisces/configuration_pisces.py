@@ -345,7 +345,9 @@ class PiscesConfig(PreTrainedConfig):
             )
 
     def _validate_token_ids(self):
-        names = ("image_token_id", "gen_image_token_id", "gen_start_token_id", "gen_end_token_id")
+        names = ["image_token_id"]
+        if self.has_generation:  # else the other three mean nothing and may name ordinary tokens
+            names += ["gen_image_token_id", "gen_start_token_id", "gen_end_token_id"]
         ids = {name: getattr(self, name) for name in names}
         if len(set(ids.values())) < len(ids):
             raise ValueError(f"the four Pisces tokens need four different ids, found {ids}.")

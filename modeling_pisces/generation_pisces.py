@@ -11,8 +11,22 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .embedding_run_pisces import IMAGE_INPUTS, EmbeddingRun
-from .outputs_pisces import CACHE_NAME, PiscesGenerateOutput
+from .embedding_run_pisces import EmbeddingRun
+from .generation_options_pisces import (
+    IMAGE_INPUTS,
+    Guidance,
+    KeptScores,
+    TokenStream,
+    check_drawing_options,
+    check_drawn,
+    check_inputs,
+    check_number,
+    check_right_padding,
+    check_streamer,
+    option_value,
+    set_guidance,
+)
+from .outputs_pisces import CACHE_NAME, CACHE_NAMES, PiscesGenerateOutput
 from .placeholders_pisces import placeholder_mask
 
 
@@ -53,6 +67,18 @@ class PiscesGenerationMixin(GenerationMixin):
             generation_mode: "text" (default) writes text and never opens an image. "image" draws one image per row;
                 a prompt that does not end in `<|gen_start|>` gets one. "interleaved" writes text and draws whenever
                 the model itself opens an image.
+            guidance_scale: while drawing, classifier-free guidance of the vectors: a prompt and its empty prompt are
+                two rows of one batch, and v = v_empty + guidance_scale * (v_prompt - v_empty) is fed back to both.
+                The "flow" head guides the velocity of each Euler step, from one noise for both. In "interleaved" mode
+                text comes from the prompts alone, and what is empty sees the vectors of the image being drawn and no
+                other. None or 1 is off. In "text" mode it is GenerationMixin's guidance of tokens.
+            negative_prompt_ids: (B or 1, T) the empty prompt, or one to keep away from; `<|gen_start|>` is added if
+                absent, images are not taken. The default is the prompt's beginning-of-text token and `<|gen_start|>`;
+                for a checkpoint trained on empty turns, pass the processor's empty user turn.
+            negative_prompt_attention_mask: (B or 1, T); without it, padding is known by `pad_token_id`.
+            streamer: "text" and "interleaved"; one row. A drawn image reaches it as `<|gen_start|>` and `<|gen_end|>`
+                with nothing between, text with `skip_special_tokens=False` as those words. It is always ended, also
+                when this call raises.
             generator: one `torch.Generator`, or a list with one per drawn row; the "flow" head's noise of row i comes
                 from generator i alone. ("image" and "interleaved" mode.)
             image_temperature: scales the "flow" head's noise; 0 draws the same image each time. None takes what the
@@ -65,23 +91,44 @@ class PiscesGenerationMixin(GenerationMixin):
             `PiscesGenerateOutput` with `return_dict_in_generate=True`. "interleaved": a `PiscesGenerateOutput`.
 
         Raises:
-            ValueError: unknown mode, no generation tower, beams, or options that the head cannot follow.
+            ValueError: unknown mode, no generation tower, options that drawing does not follow (by name), inputs that
+                mean nothing (no prompt or two, ids outside the vocabulary, rows of padding, values that are not
+                finite), or drawn vectors that are not finite.
         """
-        mode = generation_mode or "text"
+        streamer = kwargs.get("streamer")
+        try:
+            check_streamer(streamer)
+            if inputs is not None:
+                if kwargs.get("input_ids") is not None:
+                    raise ValueError("inputs and input_ids are two names for one thing. Pass one of them.")
+                kwargs["input_ids"] = inputs
+            return self._generate(generation_mode or "text", kwargs | {"generation_config": generation_config})
+        except BaseException:
+            if hasattr(streamer, "end"):
+                streamer.end()  # who reads from it in another thread would wait for ever
+            raise
+
+    def _generate(self, mode: str, kwargs: dict):
         if mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode {mode!r} is not known. Choose one of {', '.join(GENERATION_MODES)}.")
-        kwargs["generation_config"] = generation_config
+        if mode != "text":
+            self._check_drawing_options(mode, kwargs)
+            self._set_image_temperature(kwargs)
+        elif option_value("assistant_early_exit", kwargs, self.generation_config) is not None:
+            raise ValueError(
+                "assistant_early_exit is not followed: transformers looks for the layers in the outermost config. "
+                "Leave it out, or pass an assistant_model or prompt_lookup_num_tokens."
+            )
+        check_inputs(self, mode, kwargs)
         if mode == "text":
             # without a generation tower the other three ids may belong to ordinary tokens
             self._suppress_tokens(kwargs, _PLACED_TOKENS if self.config.has_generation else ["image_token_id"])
-            return super().generate(inputs, **kwargs)
-        self._check_drawing_options(kwargs)
-        self._set_image_temperature(kwargs)
+            return super().generate(**kwargs)
+        set_guidance(self, kwargs)
         if mode == "interleaved":
             self._suppress_tokens(kwargs, [name for name in _PLACED_TOKENS if name != "gen_start_token_id"])
-            return super().generate(inputs, custom_generate=type(self)._sample_interleaved, **kwargs)
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
+            kwargs["token_streamer"] = kwargs.pop("streamer", None)  # a streamer never reaches a callable
+            return super().generate(custom_generate=type(self)._sample_interleaved, **kwargs)
         self._open_image(kwargs)
         # the number of vectors is fixed by the config; any length in a generation config means text
         for name in ("max_length", "min_length", "min_new_tokens"):
@@ -106,13 +153,17 @@ class PiscesGenerationMixin(GenerationMixin):
         suppressor = PiscesTokenSuppressor([getattr(self.config, name) for name in names])
         kwargs["logits_processor"] = LogitsProcessorList([*given, suppressor])
 
-    def _check_drawing_options(self, kwargs: dict):
+    def _check_drawing_options(self, mode: str, kwargs: dict):
         self.model._require_generation("drawing")
-        generation_config = kwargs.get("generation_config") or self.generation_config
-        num_beams = kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1
+        num_beams = option_value("num_beams", kwargs, self.generation_config) or 1
         if num_beams > 1:
             raise ValueError(f"num_beams is {num_beams}, but vectors cannot be searched with beams. Leave it at 1.")
+        check_drawing_options(mode, kwargs, self.generation_config)
         if self.model.gen_head.is_stochastic:
+            if kwargs.get("num_flow_steps") is not None:
+                check_number("num_flow_steps", kwargs["num_flow_steps"], whole=True, least=1)
+            if kwargs.get("image_temperature") is not None:
+                check_number("image_temperature", kwargs["image_temperature"])
             return
         for name in ("generator", "image_temperature", "num_flow_steps"):
             if kwargs.get(name) is not None:
@@ -127,12 +178,14 @@ class PiscesGenerationMixin(GenerationMixin):
             return
         default = getattr(self.generation_config, "image_temperature", 1.0)
         kwargs["image_temperature"] = getattr(kwargs["generation_config"], "image_temperature", default)
+        check_number("image_temperature of the generation_config", kwargs["image_temperature"])
 
     def _open_image(self, kwargs: dict):
         """Append `<|gen_start|>` to the prompts unless they end in it already."""
         input_ids = kwargs.get("input_ids")
         if input_ids is None:
             return  # embeddings only: the caller has put the start there
+        check_right_padding(input_ids, kwargs.get("attention_mask"), self.config.gen_start_token_id)
         opened = input_ids[:, -1] == self.config.gen_start_token_id
         if bool(opened.all()):
             return
@@ -151,6 +204,7 @@ class PiscesGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, inputs_embeds=None, is_first_iteration=False, **kwargs
     ):
+        is_first_iteration = is_first_iteration or self._has_unread_images(input_ids, kwargs)
         if is_first_iteration and next_sequence_length is not None and inputs_embeds is None:
             self._drop_cached_images(kwargs, input_ids, input_ids.shape[1] - next_sequence_length)
         model_inputs = super().prepare_inputs_for_generation(
@@ -163,7 +217,50 @@ class PiscesGenerationMixin(GenerationMixin):
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in IMAGE_INPUTS:  # they are in the cache already
                 model_inputs.pop(name, None)
+        if self._has_prompt_learning() and CACHE_NAME in model_inputs:
+            # PEFT puts its prefix where it finds no cache, and looks under the older name alone (peft 0.21)
+            model_inputs[CACHE_NAMES[0]] = model_inputs.pop(CACHE_NAME)
         return model_inputs
+
+    def _has_unread_images(self, input_ids: torch.Tensor, kwargs: dict) -> bool:
+        """A draft model reads its prompt in what transformers calls a later iteration, with an empty cache."""
+        cache, names = kwargs.get(CACHE_NAME), (*IMAGE_INPUTS, "mm_encoder_outputs")
+        if cache is None or input_ids.shape[1] < 2 or all(kwargs.get(name) is None for name in names):
+            return False
+        return int(cache.get_seq_length()) == 0
+
+    def _has_prompt_learning(self) -> bool:
+        """Whether PEFT has put its own `prepare_inputs_for_generation` on this model, for virtual tokens."""
+        adapted = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        return bool(getattr(getattr(adapted, "active_peft_config", None), "is_prompt_learning", False))
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """GenerationMixin's, which cuts prompts into chunks without our images: those are put in place before."""
+        chunk_size = generation_config.prefill_chunk_size
+        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        images = [model_kwargs.get(name) for name in IMAGE_INPUTS] + [encoded, model_kwargs.get("inputs_embeds")]
+        if chunk_size is None or all(image is None for image in images):
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        check_number("prefill_chunk_size", chunk_size, whole=True, least=1)
+        run = EmbeddingRun(self, input_ids, generation_config, model_kwargs)
+        if run.cache is None:
+            raise ValueError("prefill_chunk_size needs a cache. Leave use_cache=False out, or the chunks.")
+        past_length = int(run.cache.get_seq_length())
+        embeds, _, positions = run.prepare_prompt()
+        names = ("output_attentions", "output_hidden_states", "logits_to_keep")
+        others = {name: model_kwargs[name] for name in names if name in model_kwargs}
+        for start in range(0, embeds.shape[1], chunk_size):
+            end = min(start + chunk_size, embeds.shape[1])
+            outputs = self(
+                inputs_embeds=embeds[:, start:end],
+                attention_mask=None if run.mask is None else run.mask[:, : past_length + end],
+                position_ids=positions[..., start:end],
+                use_cache=True,
+                return_dict=True,
+                **{CACHE_NAME: run.cache},
+                **others,
+            )
+        return outputs
 
     def _drop_cached_images(self, kwargs: dict, input_ids: torch.Tensor, num_cached: int):
         """Of a whole conversation's images, keep those after its first `num_cached` tokens."""
@@ -213,32 +310,34 @@ class PiscesGenerationMixin(GenerationMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         image_temperature: float = 1.0,
         num_flow_steps: int | None = None,
+        guidance: Guidance | None = None,
         **model_kwargs,
     ) -> torch.Tensor | PiscesGenerateOutput:
         """Draw M vectors per row: each is predicted from the state before it and fed back through the projector."""
         num_rows, num_vectors = input_ids.shape[0], self.config.num_gen_image_tokens
         noise = self._draw_noise(num_rows, num_vectors, generator, image_temperature, input_ids.device)
-        run = EmbeddingRun(self, input_ids, generation_config, model_kwargs)
-        hidden = run.prefill()
+        run = EmbeddingRun(self, input_ids, generation_config, model_kwargs, guidance)
+        scale, copies = (None, 1) if guidance is None else (guidance.scale, 2)
+        hidden = run.prefill()  # (B, D), with guidance (2B, D)
         drawn: list[torch.Tensor] = []
         for index in range(num_vectors):
             if index:
-                hidden = run.step(self.model.embed_gen_vectors(drawn[-1]).unsqueeze(1))
-            drawn.append(
-                self.model.predict_gen_vectors(hidden, None if noise is None else noise[:, index], num_flow_steps)
-            )
+                hidden = run.step(self.model.embed_gen_vectors(drawn[-1]).repeat(copies, 1).unsqueeze(1))
+            start = None if noise is None else noise[:, index]
+            drawn.append(self.model.predict_gen_vectors(hidden, start, num_flow_steps, scale))
         vectors = torch.stack(drawn, dim=1)  # (B, M, Dg)
+        check_drawn(vectors, range(num_rows))
         if not generation_config.return_dict_in_generate:
             return vectors
         if run.cache is not None:  # as after text, the cache lacks only the last token
-            run.step(self.model.embed_gen_vectors(vectors[:, -1:]))
+            run.step(self.model.embed_gen_vectors(vectors[:, -1:]).repeat(copies, 1, 1))
         placeholders = input_ids.new_full((num_rows, num_vectors), self.config.gen_image_token_id)
         end = input_ids.new_full((num_rows, 1), self.config.gen_end_token_id)
         return PiscesGenerateOutput(
             sequences=torch.cat([input_ids, placeholders, end], dim=1),
             image_vectors=vectors,
             image_rows=torch.arange(num_rows, device=input_ids.device),
-            **{CACHE_NAME: run.cache},
+            **{CACHE_NAME: run.prompt_cache()},
         )
 
     def _sample_interleaved(
@@ -250,6 +349,8 @@ class PiscesGenerationMixin(GenerationMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         image_temperature: float = 1.0,
         num_flow_steps: int | None = None,
+        guidance: Guidance | None = None,
+        token_streamer=None,
         **model_kwargs,
     ) -> PiscesGenerateOutput:
         """Write text; where a row opens an image, draw its M vectors, close it and go on writing.
@@ -258,32 +359,47 @@ class PiscesGenerationMixin(GenerationMixin):
         """
         config = self.config
         left = self._opened_images(input_ids, generation_config)
-        run = EmbeddingRun(self, input_ids, generation_config, model_kwargs)
-        hidden = run.prefill()
-        num_rows = input_ids.shape[0]
+        stream = TokenStream(token_streamer, input_ids, config)
+        run = EmbeddingRun(self, input_ids, generation_config, model_kwargs, guidance)
+        states = run.prefill()
+        num_rows, scale = input_ids.shape[0], None if guidance is None else guidance.scale
+        hidden, empty = states[:num_rows], states[num_rows:]  # (B, D); (0, D) without guidance
+        opening = empty  # where an empty prompt stands when an image begins
+        kept = KeptScores(generation_config)
         input_ids, left = input_ids.to(hidden.device), left.to(hidden.device)
         finished = torch.zeros(num_rows, dtype=torch.bool, device=hidden.device)
         drawn: list[list[torch.Tensor]] = [[] for _ in range(num_rows)]
         while True:
-            tokens = self._next_tokens(hidden, input_ids, left, finished, logits_processor, generation_config)
+            tokens = self._next_tokens(hidden, input_ids, left, finished, logits_processor, generation_config, kept)
             embeds = self.get_input_embeddings()(tokens)
-            rows = (left > 0).nonzero().flatten()
+            is_drawing = left > 0
+            rows = is_drawing.nonzero().flatten()
             if rows.numel():
                 noise = self._draw_noise(num_rows, 1, generator, image_temperature, hidden.device, rows)
-                vectors = self.model.predict_gen_vectors(
-                    hidden[rows], None if noise is None else noise[:, 0], num_flow_steps
-                )
+                states = hidden[rows] if scale is None else torch.cat([hidden[rows], empty[rows]])
+                start = None if noise is None else noise[:, 0]
+                vectors = self.model.predict_gen_vectors(states, start, num_flow_steps, scale)
                 embeds[rows] = self.model.embed_gen_vectors(vectors).to(embeds.dtype)
                 for row, vector in zip(rows.tolist(), vectors, strict=True):
                     drawn[row].append(vector)
             input_ids = torch.cat([input_ids, tokens.unsqueeze(1)], dim=1)
+            stream.put(tokens, is_drawing | finished)
             left = torch.where(
                 tokens == config.gen_start_token_id, config.num_gen_image_tokens, (left - 1).clamp(min=-1)
             )
             finished = finished | (stopping_criteria(input_ids, None).to(finished.device) & (left < 0))
             if bool(finished.all()):
-                return self._interleaved_output(input_ids, drawn, run.cache)
-            hidden = run.step(embeds.unsqueeze(1))
+                stream.end()
+                return self._interleaved_output(input_ids, drawn, run.prompt_cache(), kept)
+            if scale is None:
+                hidden = run.step(embeds.unsqueeze(1))
+                continue
+            # what is empty sees the vectors of the image being drawn: no text, no image before it
+            opens = tokens == config.gen_start_token_id
+            run.rewind(torch.cat([torch.zeros_like(opens), opens]))
+            counts = torch.cat([torch.ones_like(is_drawing), is_drawing])
+            states = run.step(embeds.repeat(2, 1).unsqueeze(1), counts)
+            hidden, empty = states[:num_rows], torch.where(opens.unsqueeze(1), opening, states[num_rows:])
 
     def _opened_images(self, input_ids: torch.LongTensor, generation_config: GenerationConfig) -> torch.LongTensor:
         """Vectors that each row has yet to draw: M where the prompt ends in `<|gen_start|>`, else -1. (B,)."""
@@ -299,10 +415,13 @@ class PiscesGenerationMixin(GenerationMixin):
             )
         return torch.where(opened, num_vectors, -1)
 
-    def _next_tokens(self, hidden, input_ids, left, finished, logits_processor, generation_config) -> torch.LongTensor:
+    def _next_tokens(
+        self, hidden, input_ids, left, finished, logits_processor, generation_config, kept
+    ) -> torch.LongTensor:
         """The token that each row writes next: (B,). Drawing rows write the placeholder, closing rows the end."""
         config = self.config
-        scores = logits_processor(input_ids, self.lm_head(hidden).float())
+        logits = self.lm_head(hidden).float()
+        scores = logits_processor(input_ids, logits)
         room = generation_config.max_length - input_ids.shape[1]
         if room < config.num_gen_image_tokens + 2:  # start, vectors, end: an image is never cut off
             scores[:, config.gen_start_token_id] = -float("inf")
@@ -313,16 +432,21 @@ class PiscesGenerationMixin(GenerationMixin):
         tokens = tokens.masked_fill(left > 0, config.gen_image_token_id).masked_fill(
             left == 0, config.gen_end_token_id
         )
+        kept.add(logits, scores, tokens, left >= 0)
         pad = generation_config._pad_token_tensor
         return tokens.masked_fill(finished, 0 if pad is None else int(pad))
 
-    def _interleaved_output(self, sequences, drawn, cache) -> PiscesGenerateOutput:
+    def _interleaved_output(self, sequences, drawn, cache, kept) -> PiscesGenerateOutput:
         num_vectors = self.config.num_gen_image_tokens
         rows = [row for row, vectors in enumerate(drawn) for _ in range(len(vectors) // num_vectors)]
         flat = [vector for vectors in drawn for vector in vectors[: len(vectors) // num_vectors * num_vectors]]
         images = torch.stack(flat).unflatten(0, (-1, num_vectors)) if flat else None
+        if images is not None:
+            check_drawn(images, rows)
         return PiscesGenerateOutput(
             sequences=sequences,
+            scores=kept.scores,
+            logits=kept.logits,
             image_vectors=images,
             image_rows=torch.tensor(rows, dtype=torch.long, device=sequences.device),
             **{CACHE_NAME: cache},
@@ -343,11 +467,6 @@ class PiscesGenerationMixin(GenerationMixin):
         shape = (num_vectors, self.config.gen_vector_size)
         wanted = range(num_rows) if rows is None else rows.tolist()
         if isinstance(generator, (list, tuple)):
-            if len(generator) != num_rows:
-                raise ValueError(
-                    f"{len(generator)} generators were given for {num_rows} drawn rows (batch x "
-                    "num_return_sequences). Pass one generator, or a list with one per row."
-                )
             noise = torch.stack([_randn(shape, generator[row], device) for row in wanted])
         else:
             noise = _randn((len(wanted), *shape), generator, device)

@@ -26,7 +26,15 @@ from .outputs_pisces import (
     PiscesModelOutputWithPast,
     one_cache,
 )
-from .placeholders_pisces import check_packed_inputs, check_placeholder_runs, find_sample_starts, placeholder_mask
+from .placeholders_pisces import (
+    check_forward_inputs,
+    check_labels,
+    check_packed_inputs,
+    check_placeholder_runs,
+    find_sample_starts,
+    num_ids,
+    placeholder_mask,
+)
 
 
 # Quantizers match a name from its start, so "vision_tower" alone would protect nothing of the whole model; the names
@@ -168,20 +176,27 @@ class PiscesModel(PiscesPreTrainedModel):
         return self.gen_projector(vectors)
 
     def predict_gen_vectors(
-        self, hidden_states: torch.Tensor, noise: torch.Tensor | None = None, num_flow_steps: int | None = None
+        self,
+        hidden_states: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        num_flow_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> torch.Tensor:
         """Predict the vector that follows each hidden state: (n, D) -> (n, Dg).
 
         Args:
-            hidden_states: (n, D), after the language model's final norm.
+            hidden_states: (n, D), after the language model's final norm; with guidance (2n, D), those of the prompts
+                and then, in the same order, those of the empty prompts.
             noise: (n, Dg) standard normal start of the "flow" head; drawn here if absent. Regression heads need none.
             num_flow_steps: Euler steps of the "flow" head; None takes the config's.
+            guidance_scale: v = v_empty + guidance_scale * (v_prompt - v_empty); None: no guidance.
         """
         if self.gen_head.is_stochastic and noise is None:
             shape = (*hidden_states.shape[:-1], self.config.gen_vector_size)
             noise = torch.randn(shape, device=hidden_states.device, dtype=torch.float32)
+            noise = noise if guidance_scale is None else noise.chunk(2)[0]
         noise = None if noise is None else noise.to(hidden_states.device)
-        return self.gen_head.sample(hidden_states, noise, num_flow_steps)
+        return self.gen_head.sample(hidden_states, noise, num_flow_steps, guidance_scale)
 
     def _require_generation(self, what: str):
         if not self.config.has_generation:
@@ -340,10 +355,23 @@ class PiscesModel(PiscesPreTrainedModel):
             raise ValueError(f"You cannot specify both {' and '.join(given)}; drop one of them.")
         if gen_pixel_values is not None and gen_image_vectors is not None:
             raise ValueError("You cannot specify both gen_pixel_values and gen_image_vectors; drop one of them.")
+        check_forward_inputs(
+            self.config,
+            self.get_input_embeddings(),
+            input_ids,
+            inputs_embeds,
+            pixel_values=pixel_values,
+            gen_pixel_values=gen_pixel_values,
+            image_features=image_features,
+            gen_image_vectors=gen_image_vectors,
+            attention_mask=attention_mask,
+        )
         cache = one_cache(past_key_values, cache)
-        starts = None if cache is not None else find_sample_starts(position_ids, attention_mask)
+        starts = find_sample_starts(position_ids, attention_mask)
+        if starts is not None and cache is not None and int(cache.get_seq_length()) > 0:
+            starts = None  # goes on after other tokens
         if starts is not None:
-            check_packed_inputs(starts, attention_mask, kwargs.get("use_cache"))
+            check_packed_inputs(starts, attention_mask, kwargs.get("use_cache"), cache)
         is_packed = starts is not None and attention_mask is None
         if kwargs.get("use_cache") is None and cache is None and (is_packed or self.training):
             # the default of most language models is a new cache: it would copy all keys and let samples see each other
@@ -472,9 +500,9 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         """Run the backbone, and with `labels` compute both losses.
 
         Args:
-            labels: (B, T). -100 is ignored; `gen_image_token_id` at a placeholder asks for the image loss of that
-                vector; `image_token_id` is always ignored; any other id is a text target. `labels = input_ids` with
-                everything but the assistant's turns set to -100 is right for both sides.
+            labels: (B, T), whole numbers of any width. -100 is ignored; `gen_image_token_id` at a placeholder asks for
+                the image loss of that vector; `image_token_id` is always ignored; any other id is a text target.
+                `labels = input_ids` with everything but the assistant's turns set to -100 is right for both sides.
             shift_labels: (B, T) instead of `labels`, shifted already: position t names what stands at t + 1.
             logits_to_keep: the last so many positions (0: all), or a 1-D index.
             skip_logits: leave `logits` out and run `lm_head` on labelled positions only; None does so in training with
@@ -482,6 +510,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
 
         The other arguments are those of `PiscesModel.forward`.
         """
+        labels, shift_labels = self._check_labels(input_ids, inputs_embeds, labels=labels, shift_labels=shift_labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -514,6 +543,16 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
             image_hidden_states=outputs.image_hidden_states,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    def _check_labels(self, input_ids, inputs_embeds, **given) -> list[torch.LongTensor | None]:
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is None:  # refused by the backbone
+            return list(given.values())
+        vocab_size = num_ids(self.get_input_embeddings(), self.config)
+        return [
+            None if labels is None else check_labels(name, labels, inputs.shape[:2], vocab_size)
+            for name, labels in given.items()
+        ]
 
     def _losses(self, hidden: torch.Tensor, targets: torch.Tensor, outputs: PiscesModelOutputWithPast) -> dict:
         """Both losses with their sums and counts; `targets` (B, T) is what each position predicts."""

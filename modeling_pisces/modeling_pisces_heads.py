@@ -33,6 +33,12 @@ class PiscesProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(_match_dtype(vectors, self.linear_1))))
 
 
+def _guided(both: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance of two halves, the prompts' and then the empty prompts': (2n, ...) -> (n, ...)."""
+    prompt, empty = both.chunk(2)
+    return empty + scale * (prompt - empty)
+
+
 class PiscesRegressionHead(nn.Module):
     """Hidden state to the next vector; the paper's head, trained by mean squared error, or by cosine."""
 
@@ -58,12 +64,25 @@ class PiscesRegressionHead(nn.Module):
             return 1 - nn.functional.cosine_similarity(predicted, targets, dim=-1)
         return (predicted - targets).square().mean(-1)
 
-    def sample(self, hidden: torch.Tensor, noise: torch.Tensor | None = None, num_steps: int | None = None):
-        """(n, D) -> (n, Dg). `noise` and `num_steps` have no meaning for a regression and are refused upstream."""
-        vectors = self(hidden)
-        if self.loss_type == "cosine":  # only the direction was learned
-            vectors = nn.functional.normalize(vectors, dim=-1) * math.sqrt(vectors.shape[-1])
-        return vectors
+    def sample(
+        self,
+        hidden: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> torch.Tensor:
+        """(n, D) -> (n, Dg). `noise` and `num_steps` have no meaning for a regression and are refused upstream.
+
+        With `guidance_scale`, `hidden` is (2n, D): prompts, then empty prompts.
+        """
+        vectors = self._in_scale(self(hidden))
+        return vectors if guidance_scale is None else self._in_scale(_guided(vectors, guidance_scale))
+
+    def _in_scale(self, vectors: torch.Tensor) -> torch.Tensor:
+        if self.loss_type != "cosine":
+            return vectors
+        # only the direction was learned
+        return nn.functional.normalize(vectors, dim=-1) * math.sqrt(vectors.shape[-1])
 
 
 class PiscesFlowBlock(nn.Module):
@@ -136,14 +155,30 @@ class PiscesFlowHead(nn.Module):
         velocity = self(noisy.to(condition.dtype), time, condition.expand(self.num_samples, -1, -1))
         return (velocity.float() - (targets - noise)).square().mean(-1).mean(0)
 
-    def sample(self, hidden: torch.Tensor, noise: torch.Tensor, num_steps: int | None = None) -> torch.Tensor:
-        """Follow the velocity from `noise`: (n, D), (n, Dg) -> (n, Dg)."""
+    def sample(
+        self,
+        hidden: torch.Tensor,
+        noise: torch.Tensor,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> torch.Tensor:
+        """Follow the velocity from `noise`: (n, D), (n, Dg) -> (n, Dg).
+
+        With `guidance_scale`, `hidden` is (2n, D): prompts, then empty prompts. Both velocities are taken at the same
+        point of one path and that path follows the guided one, as guided diffusion does at each step (Ho and Salimans,
+        arXiv 2207.12598; for a head like this one, arXiv 2406.11838): guiding two finished samples instead would
+        extrapolate between paths that have run apart.
+        """
         num_steps = num_steps or self.num_steps
         condition = self.hidden_in(_match_dtype(hidden, self.hidden_in))
         vector = noise.to(condition.dtype)
         for step in range(num_steps):
-            time = torch.full(vector.shape[:-1], step / num_steps, device=vector.device)
-            vector = vector + self(vector, time, condition) / num_steps
+            time = torch.full(condition.shape[:-1], step / num_steps, device=vector.device)
+            if guidance_scale is None:
+                velocity = self(vector, time, condition)
+            else:
+                velocity = _guided(self(torch.cat([vector, vector]), time, condition), guidance_scale)
+            vector = vector + velocity / num_steps
         return vector
 
 
