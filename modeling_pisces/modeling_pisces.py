@@ -13,7 +13,8 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.utils.generic import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_pisces import PiscesConfig, num_patches
 from .generation_pisces import PiscesGenerationMixin
@@ -324,7 +325,7 @@ class PiscesModel(PiscesPreTrainedModel):
         mm_encoder_outputs: dict | None = None,
         image_features: torch.Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> PiscesModelOutputWithPast:
         """Run images and text through the language model.
 
@@ -495,7 +496,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         mm_encoder_outputs: dict | None = None,
         image_features: torch.Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> PiscesCausalLMOutputWithPast:
         """Run the backbone, and with `labels` compute both losses.
 
