@@ -4,6 +4,9 @@ The mixins (`ModelTesterMixin`, `ConfigTester`, `ProcessorTesterMixin`) are not 
 distribution, so they are as new as the installed version and need no clone. This script copies the common files next
 to our tester classes (`mixin_*.py` in this folder) and hands them to pytest. It is no part of `make test`: it takes
 minutes and, without `--source`, downloads 11 MB. Remaining failures are explained one by one in docs/log.md.
+
+A source distribution holds a part of the tests only. With `--source` at a checkout of the transformers repository that
+fits the installed version, the tests of generation, of the pipelines and of vision-language models run too.
 """
 
 import argparse
@@ -16,13 +19,22 @@ import tempfile
 from pathlib import Path
 
 import transformers
+from PIL import Image
 
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
+# folders beside the common files that only a checkout has
+CHECKOUT_FOLDERS = ("exporters", "generation", "pipelines")
+# our files that need more than the source distribution, and what they need
+NEEDS_CHECKOUT = {
+    "mixin_pipelines_pisces.py": "pipelines/test_pipelines_common.py",
+    "mixin_vlm_pisces.py": "vlm_tester.py",
+}
+PICTURE = "tests/fixtures/tests_samples/COCO/000000039769.png"  # what the pipeline tests open; any picture does
 # what the common files import, but the source distribution lacks; none of it is about our classes
 STUBS = {
-    "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
+    "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n\nclass ExportGenerateTesterMixin:\n    pass\n",
     "tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
     "utils/fetch_hub_objects_for_ci.py": """
@@ -61,36 +73,49 @@ def find_source(source: str | None, cache: Path) -> Path:
         archive = cache / archive.name.removesuffix(".tar.gz")
     if not (archive / "tests" / "test_modeling_common.py").exists():
         raise ValueError(
-            f"{archive} has no tests/test_modeling_common.py. Give --source the folder or .tar.gz of a transformers source "
-            "distribution, or leave it out to download the one that fits."
+            f"{archive} has no tests/test_modeling_common.py. Give --source a checkout of transformers, or the folder or .tar.gz of a "
+            "source distribution, or leave it out to download the one that fits."
         )
     return archive
 
 
 def lay_out(source: Path, folder: Path) -> Path:
     """Common tests, stubs and our tester classes in the places where the relative imports look; returns our tests."""
-    ours = folder / "tests" / "models" / "pisces"
+    tests = folder / "tests"
+    ours = tests / "models" / "pisces"
     ours.mkdir(parents=True)
-    for path in (source / "tests").glob("test_*_common.py"):
-        shutil.copy(path, folder / "tests" / path.name)
+    for path in (source / "tests").glob("*.py"):
+        shutil.copy(path, tests / path.name)
+    for name in CHECKOUT_FOLDERS:
+        if (source / "tests" / name).is_dir():
+            shutil.copytree(source / "tests" / name, tests / name)
     for name, text in STUBS.items():
         path = folder / name
+        if name.startswith("tests/") and path.exists():
+            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     for path in HERE.glob("mixin_*.py"):
-        shutil.copy(path, ours / path.name.replace("mixin_", "test_", 1))
-    for package in {path.parent for path in (folder / "tests").rglob("*.py")} | {ours.parent}:
+        needed = NEEDS_CHECKOUT.get(path.name)
+        if needed is None or (tests / needed).exists():
+            shutil.copy(path, ours / path.name.replace("mixin_", "test_", 1))
+        else:
+            print(f"left out: {path.name} needs tests/{needed}, which only a checkout of transformers has (--source)")
+    for package in {path.parent for path in tests.rglob("*.py")} | {ours.parent}:
         (package / "__init__.py").touch()
     # some common tests look for the package's sources beside the tests
     (folder / "src").mkdir()
     (folder / "src" / "transformers").symlink_to(Path(transformers.__file__).parent)
+    (folder / PICTURE).parent.mkdir(parents=True)
+    Image.effect_noise((64, 48), 90).convert("RGB").save(folder / PICTURE)
     return ours
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--source", help="folder or .tar.gz of a transformers source distribution; default: download it"
+        "--source",
+        help="checkout, folder or .tar.gz of a transformers source distribution; default: download the last",
     )
     parser.add_argument("--cache", type=Path, default=REPOSITORY / ".mixins", help="where downloads are kept")
     args, pytest_arguments = parser.parse_known_args()
