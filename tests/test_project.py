@@ -187,7 +187,7 @@ def test_wheel_holds_only_the_package_and_works_in_an_empty_environment(tmp_path
     run = lambda *command: subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
     source = tmp_path / "source"  # a copy: building leaves folders beside what it builds
     shutil.copytree(PACKAGE, source / "modeling_pisces", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "pisces_vllm_plugin.py"):
         shutil.copy(ROOT / name, source)
     for name in ("finetune", "tests"):  # what must not get in
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -195,7 +195,7 @@ def test_wheel_holds_only_the_package_and_works_in_an_empty_environment(tmp_path
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {name for name in tops if not name.endswith(".dist-info")} == {"modeling_pisces"}
+    assert {name for name in tops if not name.endswith(".dist-info")} == {"modeling_pisces", "pisces_vllm_plugin.py"}
 
     assert run(sys.executable, "-m", "venv", "empty").returncode == 0
     python = tmp_path / "empty" / "bin" / "python"
@@ -208,5 +208,11 @@ def test_wheel_holds_only_the_package_and_works_in_an_empty_environment(tmp_path
     code = "import modeling_pisces; print(modeling_pisces.__file__)"
     imported = run(str(python), "-c", code)
     assert imported.stdout.startswith(str(site)), imported.stdout + imported.stderr
+    code = (
+        "from importlib.metadata import entry_points as e; import sys; (p,) = e(group='vllm.general_plugins', name='pisces'); "
+        "p.load()(); print('torch' in sys.modules, 'modeling_pisces' in sys.modules)"
+    )
+    plugin = run(str(python), "-c", code)
+    assert plugin.stdout.split() == ["False", "False"], plugin.stdout + plugin.stderr
     command = run(str(tmp_path / "empty" / "bin" / "pisces"), "info", "nowhere")
     assert command.returncode == 2 and command.stderr.startswith("pisces: error: nowhere: no such folder")
