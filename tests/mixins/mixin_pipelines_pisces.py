@@ -27,5 +27,8 @@ class PiscesPipelineTest(unittest.TestCase):
         self.run_pipeline_tests(ImageTextToTextPipelineTests())
 
     def test_any_to_any(self):
+        # its chat writes parts of type "images", which the library's own templates pass over and ours refuses by name;
+        # chats with pictures are in test_transformers_pipelines.py
+        self.processor.chat_template = None
         with mock.patch.object(any_to_any, "requires_backends"):  # it asks for torchvision, which reads videos only
             self.run_pipeline_tests(AnyToAnyPipelineTests())

@@ -37,6 +37,7 @@ STUBS = {
     "tests/exporters/test_export.py": "class ExportTesterMixin:\n    pass\n\nclass ExportGenerateTesterMixin:\n    pass\n",
     "tests/generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
     "tests/utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
+    "tests/utils/tiny_model_summary.json": "{}\n",
     "utils/fetch_hub_objects_for_ci.py": """
 import tempfile
 from PIL import Image
@@ -89,6 +90,8 @@ def lay_out(source: Path, folder: Path) -> Path:
     for name in CHECKOUT_FOLDERS:
         if (source / "tests" / name).is_dir():
             shutil.copytree(source / "tests" / name, tests / name)
+    if (source / "utils" / "test_module").is_dir():  # the pipelines' tests import it
+        shutil.copytree(source / "utils" / "test_module", folder / "utils" / "test_module")
     for name, text in STUBS.items():
         path = folder / name
         if name.startswith("tests/") and path.exists():
