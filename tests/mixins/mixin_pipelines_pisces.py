@@ -9,8 +9,8 @@ from unittest import mock
 from fixtures import make_model, make_processor
 from transformers.pipelines import any_to_any
 
-from ...pipelines.test_pipelines_any_to_any import AnyToAnyPipelineTests
-from ...pipelines.test_pipelines_image_text_to_text import ImageTextToTextPipelineTests
+# the modules, not the classes, which pytest would collect here once more, with their models from the Hub
+from ...pipelines import test_pipelines_any_to_any, test_pipelines_image_text_to_text
 
 
 class PiscesPipelineTest(unittest.TestCase):
@@ -24,11 +24,11 @@ class PiscesPipelineTest(unittest.TestCase):
         tests.run_pipeline_test(pipe, examples)
 
     def test_image_text_to_text(self):
-        self.run_pipeline_tests(ImageTextToTextPipelineTests())
+        self.run_pipeline_tests(test_pipelines_image_text_to_text.ImageTextToTextPipelineTests())
 
     def test_any_to_any(self):
         # its chat writes parts of type "images", which the library's own templates pass over and ours refuses by name;
         # chats with pictures are in test_transformers_pipelines.py
         self.processor.chat_template = None
         with mock.patch.object(any_to_any, "requires_backends"):  # it asks for torchvision, which reads videos only
-            self.run_pipeline_tests(AnyToAnyPipelineTests())
+            self.run_pipeline_tests(test_pipelines_any_to_any.AnyToAnyPipelineTests())
