@@ -14,13 +14,14 @@ SEED ?= 0
 OUTPUT ?= outputs
 TESTS ?= tests
 WORKERS ?= 2
+SOURCE ?=
 VERSION ?= 5.16.1 5.19.0 5.23.0 5.24.0
 
 # A shell argument, whatever quotes the value holds.
 quoted = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples tiny test test-all test-mixins test-transformers lmms-eval check format wheel-check clean
+.PHONY: help setup demo examples tiny test test-all test-mixins test-newest test-clients test-transformers lmms-eval check format wheel-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -70,8 +71,25 @@ test-transformers: $(INSTALLED) ## the fast tests on several releases of transfo
 		$$venv/bin/python -m pytest -q -n $(WORKERS) -m "not slow" $(TESTS); \
 	done
 
-test-mixins: $(INSTALLED) ## transformers' own common tests on our classes (fetches its source distribution once)
-	@$(BIN)/python tests/mixins/run_mixins.py
+test-newest: $(INSTALLED) ## the fast tests on the newest releases of the index, in .venv-newest, as a table
+	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	@$(BIN)/python tests/newest.py --python .venv-newest/bin/python --workers $(WORKERS) $(TESTS)
+
+test-mixins: $(INSTALLED) ## transformers' own common tests on our classes (SOURCE= a checkout of transformers runs more)
+	@$(BIN)/python tests/mixins/run_mixins.py $(if $(SOURCE),--source $(call quoted,$(SOURCE)))
+
+test-clients: .venv-clients/.installed ## `transformers serve` asked about pictures through the OpenAI client, on this machine only
+	@rm -rf .venv-clients/export
+	@.venv-clients/bin/python -m conversion.export --checkpoint $(call quoted,$(MODEL)) --output .venv-clients/export
+	@.venv-clients/bin/python tests/clients/check_transformers_serve.py $(call quoted,$(MODEL)) .venv-clients/export
+
+.venv-clients/.installed: pyproject.toml constraints.txt
+	@test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	@echo "Installing into .venv-clients (some minutes the first time) ..."
+	@.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		"transformers[serving]" --editable ".[draw]"
+	@touch $@
 
 lmms-eval: $(LMMS_EVAL)/.installed ## environment of its own for evaluation.understanding, in .venv-lmms-eval
 
@@ -101,4 +119,4 @@ wheel-check: $(INSTALLED) ## build the wheel, install it alone in an empty envir
 	@$(BIN)/python -m pytest -q -m slow tests/test_project.py
 
 clean: ## remove environments, caches and build products (outputs/ and runs/ stay)
-	rm -rf .venv .venv-lmms-eval .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-lmms-eval .venv-newest .venv-clients .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
