@@ -1,0 +1,101 @@
+"""Runs the suites in several environments and writes results/compatibility.json, and the table of docs/compatibility.md.
+
+    python tests/compatibility.py .venv/bin/python .venv-transformers-5.16.1/bin/python .venv-newest/bin/python
+    python tests/compatibility.py --table
+
+`make test-transformers` and `make test-newest` make such environments. A run replaces the entry of the same versions
+of transformers and torch and leaves the others, so the file can be filled one environment at a time.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from modeling_pisces.measurement_pisces import current_command, current_commit, describe_hardware
+from tests.suite_runs import REPOSITORY, Counts, installed_versions, run_fast_suite, run_mixins
+
+
+RESULTS = REPOSITORY / "results" / "compatibility.json"
+PAGE = REPOSITORY / "docs" / "compatibility.md"
+BEGIN, END = "<!-- table: begin, written by tests/compatibility.py -->", "<!-- table: end -->"
+_HEAD = ("transformers", "torch", "Python", "fast suite", "common tests of transformers")
+
+
+def as_dict(counts: Counts) -> dict:
+    result = {"passed": counts.passed, "failed": counts.failed, "skipped": counts.skipped}
+    return result | ({"failures": counts.failures} if counts.failures else {})
+
+
+def measure(python: str, workers: int, source: str | None) -> dict:
+    """Both suites in one environment, with everything that a number needs beside it."""
+    return {
+        "versions": installed_versions(python),
+        "fast_suite": as_dict(run_fast_suite(python, ["tests"], workers)),
+        "mixins": as_dict(run_mixins(python, source)),
+        "command": current_command(),
+        "commit": current_commit(),
+        "hardware": describe_hardware(),
+    }
+
+
+def key(run: dict) -> tuple[list[int], list[int]]:
+    """What a run is sorted and replaced by: its versions of transformers and torch, as numbers."""
+    numbers = lambda text: [int(part) for part in text.split("+")[0].split(".") if part.isdigit()]  # noqa: E731
+    return numbers(run["versions"]["transformers"]), numbers(run["versions"]["torch"])
+
+
+def merge(runs: list[dict], new: dict) -> list[dict]:
+    return sorted([run for run in runs if key(run) != key(new)] + [new], key=key)
+
+
+def table(runs: list[dict]) -> str:
+    """Markdown, one line per environment."""
+
+    def counted(counts: dict) -> str:
+        return f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
+
+    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
+    for run in runs:
+        versions = run["versions"]
+        cells = [versions["transformers"], versions["torch"], versions["python"]]
+        cells += [counted(run["fast_suite"]), counted(run["mixins"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def replace_table(page: str, runs: list[dict]) -> str:
+    """The page with the table between its two marks.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
+    if BEGIN not in page or END not in page:
+        raise ValueError(f"the page lacks a line {BEGIN!r} or {END!r}. Put both back, the table goes between them.")
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table(runs)}\n\n{END}{rest.split(END)[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("pythons", nargs="*", help="interpreters of the environments to run in")
+    parser.add_argument("--table", action="store_true", help="only write the table from the results again")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--source", help="checkout of transformers for more of its common tests; see run_mixins.py")
+    args = parser.parse_args()
+    if not args.pythons and not args.table:
+        parser.error("name the interpreters of some environments, or give --table")
+    runs = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.exists() else []
+    for python in args.pythons:
+        runs = merge(runs, measure(python, args.workers, args.source))
+        RESULTS.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(replace_table(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    print(table(runs))
+    return 1 if any(run[suite]["failed"] for run in runs for suite in ("fast_suite", "mixins")) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
