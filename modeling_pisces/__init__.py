@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -31,6 +32,7 @@ AutoConfig.register("pisces", PiscesConfig, exist_ok=True)
 AutoConfig.register("pisces_gen_vision", PiscesGenVisionConfig, exist_ok=True)
 AutoModel.register(PiscesConfig, PiscesModel, exist_ok=True)
 AutoModel.register(PiscesGenVisionConfig, PiscesGenVisionModel, exist_ok=True)
+AutoModelForCausalLM.register(PiscesConfig, PiscesForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(PiscesConfig, PiscesForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(PiscesConfig, PiscesForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(PiscesConfig, PiscesProcessor, exist_ok=True)

@@ -257,6 +257,16 @@ class PiscesConfig(PreTrainedConfig):
         # config.json of tied language models carries the flag inside text_config; the model reads it at the top
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
+        # TRL and others read it of every class outside transformers, unguarded; empty means: no remote code
+        if getattr(self, "auto_map", None) is None:
+            self.auto_map: dict[str, str] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for any config; an empty `auto_map` is never written."""
+        settings = super().to_dict()
+        if not settings.get("auto_map"):
+            settings.pop("auto_map", None)
+        return settings
 
     @property
     def has_generation(self) -> bool:

@@ -28,6 +28,7 @@ from .pipeline_checks_pisces import check_decoder
 AUTO_MAP = {
     "AutoConfig": "configuration_pisces.PiscesConfig",
     "AutoModel": "modeling_pisces.PiscesModel",
+    "AutoModelForCausalLM": "modeling_pisces.PiscesForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_pisces.PiscesForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_pisces.PiscesForConditionalGeneration",
     "AutoProcessor": "processing_pisces.PiscesProcessor",

@@ -173,3 +173,31 @@ def test_an_impossible_value_in_a_saved_file_is_refused_at_load(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"gen_pool_stride": 3}))
     with pytest.raises(StrictDataclassError, match="gen_pool_stride 3 does not divide"):
         PiscesConfig.from_pretrained(tmp_path)
+
+
+def test_auto_map_can_be_read_and_is_written_only_when_it_says_something(tmp_path):
+    """TRL reads it of every class outside transformers; what is empty must not reach config.json."""
+    config = make_config()
+    assert config.auto_map == {} and config.auto_map is not make_config().auto_map
+    config.save_pretrained(tmp_path / "plain")
+    for written in (json.loads((tmp_path / "plain" / "config.json").read_text()), config.to_dict()):
+        assert "auto_map" not in written
+    assert "auto_map" not in config.to_diff_dict() and "auto_map" not in config.to_json_string(use_diff=False)
+    loaded = AutoConfig.from_pretrained(tmp_path / "plain")
+    assert loaded.auto_map == {} and loaded.to_diff_dict() == config.to_diff_dict()
+    config.auto_map = {"AutoModel": "modeling_pisces.PiscesModel"}
+    config.save_pretrained(tmp_path / "named")
+    assert AutoConfig.from_pretrained(tmp_path / "named", trust_remote_code=False).auto_map == config.auto_map
+
+
+def test_a_user_who_registers_a_class_of_their_own_gets_its_auto_map(tmp_path):
+    """`register_for_auto_class` writes into the config's `auto_map`, of this model and of no other."""
+
+    class OwnModel(PiscesForConditionalGeneration):
+        pass
+
+    OwnModel.register_for_auto_class("AutoModelForMultimodalLM")
+    OwnModel(make_config()).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert written == {"AutoModelForMultimodalLM": "test_configuration.OwnModel"}
+    assert make_config().auto_map == {}

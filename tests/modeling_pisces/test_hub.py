@@ -79,7 +79,7 @@ def test_auto_map_is_in_the_files_and_not_on_the_users_objects(tmp_path):
     model, processor = make_model(), make_processor()
     folder = export_to_folder(model, processor, tmp_path / "export")
     assert read_json(folder / "config.json")["auto_map"] == AUTO_MAP
-    assert getattr(model.config, "auto_map", None) is None and getattr(processor, "auto_map", None) is None
+    assert not model.config.auto_map and getattr(processor, "auto_map", None) is None
     assert type(model)._auto_class is None and type(processor)._auto_class is None
     model.save_pretrained(tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("*.py")) and "auto_map" not in read_json(tmp_path / "plain/config.json")
