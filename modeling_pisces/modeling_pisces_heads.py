@@ -16,8 +16,8 @@ from .configuration_pisces import PiscesConfig
 
 def _match_dtype(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     """`x` in the dtype of `layer`, which may stay fp32 beside a bf16 language model; quantized layers cast alone."""
-    dtype = layer.weight.dtype
-    return x.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else x
+    dtype = getattr(layer.weight, "dtype", None)  # torch's dynamic quantization makes a method of `weight`
+    return x.to(dtype) if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else x
 
 
 class PiscesProjector(nn.Module):

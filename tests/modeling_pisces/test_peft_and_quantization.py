@@ -1,6 +1,7 @@
 """Claims about what others do to the model: adapters, quantizers, offloading, resuming in another dtype."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -171,3 +172,28 @@ def test_from_pretrained_in_half_precision_rounds_every_weight_once(dtype, tmp_p
     loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path, dtype=dtype)
     for name, weight in loaded.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("head", ["mlp", "linear", "flow"])
+@pytest.mark.parametrize("part", ["language model", "everything"])
+def test_torchs_dynamic_int8_answers_and_draws(part, head):
+    """Its linear layers have a method `weight` instead of a tensor."""
+    model, inputs = make_model(gen_head_type=head), make_inputs()
+    options = {"image_temperature": 0.0} if head == "flow" else {}
+    expected = model.generate(**inputs, generation_mode="image", **options)
+    logits = model(**inputs).logits
+    whole = model if part == "everything" else model.model.language_model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of a successor in another package
+        quantized = torch.ao.quantization.quantize_dynamic(whole, {torch.nn.Linear}, dtype=torch.qint8)
+    if part == "everything":
+        model = quantized
+        assert callable(model.model.gen_projector.linear_1.weight) and callable(model.lm_head.weight)
+    else:
+        model.model.language_model = quantized
+    assert callable(model.model.language_model.layers[0].self_attn.q_proj.weight)
+    drawn = model.generate(**inputs, generation_mode="image", **options)
+    assert drawn.shape == expected.shape and drawn.isfinite().all()
+    similarity = torch.nn.functional.cosine_similarity(model(**inputs).logits.flatten(), logits.flatten(), dim=0)
+    assert similarity > 0.95
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape == (2, 15)
