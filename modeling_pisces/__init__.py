@@ -17,7 +17,12 @@ from transformers import (
 
 from .configuration_pisces import PiscesConfig, PiscesGenVisionConfig
 from .image_loading_pisces import load_image
-from .modeling_pisces import PISCES_QUANT_SKIP_MODULES, PiscesForConditionalGeneration, PiscesModel
+from .modeling_pisces import (
+    PISCES_PEFT_EXCLUDE_MODULES,
+    PISCES_QUANT_SKIP_MODULES,
+    PiscesForConditionalGeneration,
+    PiscesModel,
+)
 from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
 from .outputs_pisces import PiscesGenerateOutput
 from .processing_pisces import PiscesProcessor
@@ -47,6 +52,7 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "PISCES_PEFT_EXCLUDE_MODULES",
     "PISCES_QUANT_SKIP_MODULES",
     "PiscesConfig",
     "PiscesForConditionalGeneration",

@@ -20,6 +20,7 @@ from .configuration_pisces import PiscesConfig, num_patches
 from .generation_pisces import PiscesGenerationMixin
 from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
 from .modeling_pisces_heads import PiscesFlowBlock, PiscesProjector, build_gen_head
+from .other_trainers_pisces import PISCES_PEFT_EXCLUDE_MODULES, warn_of_idle_adapters, with_image_loss
 from .outputs_pisces import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -89,6 +90,7 @@ class PiscesModel(PiscesPreTrainedModel):
             self.gen_projector = PiscesProjector(config.gen_vector_size, width, config.projector_hidden_act)
             self.gen_head = build_gen_head(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self._adapters_are_checked = False  # adapters come later, if at all
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -255,6 +257,9 @@ class PiscesModel(PiscesPreTrainedModel):
         if gen_features is not None:
             inputs_embeds = _scatter(inputs_embeds, gen_mask, gen_features)
         if self.training and torch.is_grad_enabled():
+            if not self._adapters_are_checked and self.config.has_generation:
+                self._adapters_are_checked = True
+                warn_of_idle_adapters(self.gen_vision_tower)
             inputs_embeds = self._touch_absent_sides(inputs_embeds, image_features, gen_features)
         return inputs_embeds, image_features, gen_image_vectors, gen_mask
 
@@ -454,11 +459,21 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
+    def __setattr__(self, name: str, value):
+        super().__setattr__(name, with_image_loss(value) if name == "forward" else value)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module):
         self.model.set_input_embeddings(value)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        # PEFT's prompt methods ask for this name first. Their next guess, the first parameter with as many rows as
+        # the vocabulary, finds a layer of a tower in some checkpoints.
+        if target == "embeddings.word_embeddings":
+            return self.get_input_embeddings()
+        return super().get_submodule(target)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -603,6 +618,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
 
 
 __all__ = [
+    "PISCES_PEFT_EXCLUDE_MODULES",
     "PISCES_QUANT_SKIP_MODULES",
     "PiscesForConditionalGeneration",
     "PiscesModel",
