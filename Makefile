@@ -75,8 +75,9 @@ test-newest: $(INSTALLED) ## the fast tests on the newest releases of the index,
 	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	@$(BIN)/python tests/newest.py --python .venv-newest/bin/python --workers $(WORKERS) $(TESTS)
 
-test-mixins: $(INSTALLED) ## transformers' own common tests on our classes (SOURCE= a checkout of transformers runs more)
+test-mixins: $(INSTALLED) ## the common tests of transformers and PEFT on our classes (SOURCE= a checkout of transformers runs more)
 	@$(BIN)/python tests/mixins/run_mixins.py $(if $(SOURCE),--source $(call quoted,$(SOURCE)))
+	@$(BIN)/python tests/mixins/run_peft_mixins.py
 
 test-clients: .venv-clients/.installed ## `transformers serve` asked about pictures through the OpenAI client, on this machine only
 	@rm -rf .venv-clients/export

@@ -53,18 +53,24 @@ def url_to_local_path(url):
 }
 
 
-def find_source(source: str | None, cache: Path) -> Path:
+def find_source(source: str | None, cache: Path, package: str, version: str, needed: str) -> Path:
     """The unpacked source distribution: a folder, an archive, or a download for the installed version.
 
+    Args:
+        source: what the user gave.
+        cache: where downloads are kept.
+        package, version: what is downloaded when nothing was given.
+        needed: a file that the source distribution must hold.
+
     Raises:
-        ValueError: the path holds no transformers source distribution.
+        ValueError: the path holds no source distribution with that file.
     """
     if source is None:
-        archive = cache / f"transformers-{transformers.__version__}.tar.gz"
+        archive = cache / f"{package}-{version}.tar.gz"
         if not archive.exists():
-            print(f"downloading the source distribution of transformers {transformers.__version__} ...", flush=True)
+            print(f"downloading the source distribution of {package} {version} ...", flush=True)
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
-            command += ["--no-binary", ":all:", "--dest", str(cache), f"transformers=={transformers.__version__}"]
+            command += ["--no-binary", ":all:", "--dest", str(cache), f"{package}=={version}"]
             subprocess.run(command, check=True)
     else:
         archive = Path(source)
@@ -72,10 +78,10 @@ def find_source(source: str | None, cache: Path) -> Path:
         with tarfile.open(archive) as contents:
             contents.extractall(cache, filter="data")
         archive = cache / archive.name.removesuffix(".tar.gz")
-    if not (archive / "tests" / "test_modeling_common.py").exists():
+    if not (archive / needed).exists():
         raise ValueError(
-            f"{archive} has no tests/test_modeling_common.py. Give --source a checkout of transformers, or the folder or .tar.gz of a "
-            "source distribution, or leave it out to download the one that fits."
+            f"{archive} has no {needed}. Give --source a checkout of {package}, or the folder or .tar.gz of a source "
+            "distribution, or leave it out to download the one that fits."
         )
     return archive
 
@@ -124,7 +130,8 @@ def main() -> int:
     args, pytest_arguments = parser.parse_known_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     try:
-        source = find_source(args.source, args.cache)
+        needed = "tests/test_modeling_common.py"
+        source = find_source(args.source, args.cache, "transformers", transformers.__version__, needed)
     except ValueError as error:
         print(f"run_mixins: {error}", file=sys.stderr)
         return 2
