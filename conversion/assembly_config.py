@@ -17,6 +17,7 @@ from conversion.parts import Part
 from conversion.vocabulary import PISCES_TOKENS, Vocabulary
 from modeling_pisces import PiscesConfig, PiscesProcessor
 from modeling_pisces.configuration_pisces import num_prefix_tokens
+from modeling_pisces.generation_config_pisces import read_generation_config
 from modeling_pisces.model_loading_pisces import load_image_processor
 
 
@@ -133,7 +134,7 @@ def _open_image_processor(part: Part, tower: Any) -> Any:
 def make_generation_config(part: Part, vocabulary: Vocabulary, end_token: str) -> GenerationConfig:
     """The language model's own settings, with every token that may end an answer, and the pad token."""
     has_own = (part.path / "generation_config.json").is_file()
-    settings = GenerationConfig.from_pretrained(part.path) if has_own else GenerationConfig()
+    settings = read_generation_config(part.path) if has_own else GenerationConfig()
     if not settings.do_sample:  # without effect, but transformers refuses to save them (Llama-2 and its kin have some)
         for name in _SAMPLING_SETTINGS:
             setattr(settings, name, None)

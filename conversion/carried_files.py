@@ -21,7 +21,24 @@ def carry_files(source: Path, folder: Path) -> None:
     for path in _files(source):
         relative = path.relative_to(source)
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / relative)
+        if str(relative) == "generation_config.json":
+            copy_generation_config(path, folder / relative)
+        else:
+            shutil.copyfile(path, folder / relative)
+
+
+def copy_generation_config(source: Path, target: Path, leave_out: Iterable[str] = ()) -> None:
+    """Copy a generation_config.json as it stands, without the flag with which a load loses values of its own.
+
+    As text: transformers refuses to save some settings that published files hold. The flag is explained in
+    `generation_config_pisces.py`.
+    """
+    settings = read_json(source)
+    kept = {name: value for name, value in settings.items() if name not in ("_from_model_config", *leave_out)}
+    if kept == settings:
+        shutil.copyfile(source, target)
+    else:
+        target.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def carry_provenance(source: Path, folder: Path, changed: Iterable[str], how: str) -> None:
@@ -52,4 +69,4 @@ def _files(source: Path) -> Iterator[Path]:
             yield path
 
 
-__all__ = ["carry_files", "carry_provenance"]
+__all__ = ["carry_files", "carry_provenance", "copy_generation_config"]

@@ -7,13 +7,13 @@ gets a generation side (`llava_generation.py`), whose projector and head are sti
 """
 
 import argparse
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaProcessor
 
+from conversion.carried_files import copy_generation_config
 from conversion.command import make_parser, run_command
 from conversion.llava_generation import GenerationSide, add_drawing_tokens, open_image_processor, plan_generation
 from conversion.llava_keys import (
@@ -30,6 +30,7 @@ from conversion.planned_tensors import DTYPES, PlannedTensor
 from conversion.provenance import write_provenance
 from conversion.streaming import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor
+from modeling_pisces.generation_config_pisces import own_generation_config
 
 
 def from_llava(
@@ -176,9 +177,9 @@ def _build_processor(
 def _write_generation_config(part: Part, config: PiscesConfig, folder: Path) -> None:
     own = part.path / "generation_config.json"
     if own.is_file():
-        shutil.copyfile(own, folder / own.name)
+        copy_generation_config(own, folder / own.name)
     else:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        own_generation_config(GenerationConfig.from_model_config(config)).save_pretrained(folder)
 
 
 def make_arguments() -> argparse.ArgumentParser:

@@ -7,7 +7,6 @@ tokenizer and chat template. Names and settings are translated in `llava_keys.py
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaProcessor
 
+from conversion.carried_files import copy_generation_config
 from conversion.command import make_parser, run_command
 from conversion.llava_final_norm import add_norm_layer
 from conversion.llava_keys import (
@@ -33,6 +33,7 @@ from conversion.streaming import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_config, read_json
 from modeling_pisces.configuration_pisces import num_prefix_tokens
+from modeling_pisces.generation_config_pisces import own_generation_config
 
 
 def to_llava(
@@ -113,10 +114,9 @@ def _build_processor(pisces: PiscesProcessor, config: PiscesConfig, llava_config
 def _write_generation_config(source: Path, config: LlavaConfig, folder: Path) -> None:
     own = source / "generation_config.json"
     if not own.is_file():
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-        return
-    settings = {name: value for name, value in read_json(own).items() if name != "image_temperature"}
-    (folder / own.name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        own_generation_config(GenerationConfig.from_model_config(config)).save_pretrained(folder)
+    else:
+        copy_generation_config(own, folder / own.name, leave_out=("image_temperature",))
 
 
 def make_arguments() -> argparse.ArgumentParser:

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoModel,
     CLIPImageProcessorPil,
-    GenerationConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
@@ -27,6 +26,7 @@ from finetune.conversations import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
 from finetune.picture_data import load_pictures
 from finetune.train_gen_encoder import whiten_output
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
+from modeling_pisces.generation_config_pisces import read_generation_config
 
 
 SPECIAL_TOKENS = (
@@ -233,8 +233,9 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
     from modeling_pisces.pipeline_pisces import PiscesPipeline
 
     output.mkdir(parents=True, exist_ok=True)
-    settings = GenerationConfig.from_pretrained(checkpoint)
-    settings.image_temperature = IMAGE_TEMPERATURE
+    settings = read_generation_config(checkpoint)
+    if PiscesConfig.from_pretrained(checkpoint).gen_head_type == "flow":  # the others do not sample
+        settings.image_temperature = IMAGE_TEMPERATURE
     for path in sorted(checkpoint.iterdir()):
         if path.is_file() and path.name != "results.json":
             shutil.copyfile(path, output / path.name)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .checkpoint_files_pisces import DECODER_PARTS, check_checkpoint, read_json, weight_files
+from .generation_config_pisces import own_generation_config, read_generation_config
 from .hub_cards_pisces import check_card, default_card
 from .hub_checks_pisces import check_hub_folder
 from .hub_push_pisces import PushReport, push_folder
@@ -182,8 +183,8 @@ def _write_model(model: Any, source: Path | None, config: Any, max_shard_size: i
         return
     config.save_pretrained(folder)
     has_own = (source / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(source) if has_own else GenerationConfig.from_model_config(config)
-    generation.save_pretrained(folder)
+    settings = read_generation_config(source) if has_own else GenerationConfig.from_model_config(config)
+    own_generation_config(settings).save_pretrained(folder)
     # tensors as stored: a loaded model would have cast a mixed-precision file to one dtype
     weights = {name: tensor for path in weight_files(source) for name, tensor in load_file(path).items()}
     save_torch_state_dict(weights, folder, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)

@@ -17,6 +17,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_pisces import PiscesConfig, num_patches
+from .generation_config_pisces import GenerationConfigMixin
 from .generation_pisces import PiscesGenerationMixin
 from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
 from .modeling_pisces_heads import PiscesFlowBlock, PiscesProjector, build_gen_head
@@ -440,7 +441,7 @@ def _scatter(inputs_embeds: torch.Tensor, mask: torch.Tensor, vectors: torch.Ten
     return inputs_embeds.masked_scatter(mask.unsqueeze(-1), vectors)
 
 
-class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixin):
+class PiscesForConditionalGeneration(GenerationConfigMixin, PiscesPreTrainedModel, PiscesGenerationMixin):
     """The whole model: understands images, writes text, and draws images as vectors.
 
     `generate(**inputs)` writes text; `generate(**inputs, generation_mode="image")` returns (B, M, Dg) vectors, which
