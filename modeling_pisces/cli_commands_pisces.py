@@ -23,6 +23,7 @@ from .model_loading_pisces import load_model, load_pipeline, quiet_libraries
 
 
 DEFAULT_MODEL = "pisces-tiny"
+DEFAULT_ANSWER_LENGTH = 128  # tokens
 DEFAULT_QUESTION = "Describe the picture."
 
 
@@ -80,8 +81,15 @@ def _describe(args: argparse.Namespace, folder: Path) -> int:
     return _finish(args, results, errors, [Section("Questions about pictures", tiles)])
 
 
-def answer_question(model: Any, processor: Any, image: Image.Image, question: str, max_new_tokens: int = 128) -> str:
-    """Ask one question about one picture, greedily; return the words of the answer."""
+def answer_question(
+    model: Any, processor: Any, image: Image.Image, question: str, max_new_tokens: int | None = None
+) -> str:
+    """Ask one question about one picture, greedily; return the words of the answer.
+
+    Without `max_new_tokens` the checkpoint's own longest answer holds, or 128 tokens where it names none.
+    """
+    if max_new_tokens is None:
+        max_new_tokens = model.generation_config.max_new_tokens or DEFAULT_ANSWER_LENGTH
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],

@@ -106,7 +106,11 @@ def _add_describe(commands) -> None:
         dest="questions",
         help="asked about every picture; give it several times for several questions (default: Describe the picture.)",
     )
-    parser.add_argument("--max_new_tokens", type=_positive_int, default=128, help="longest answer, in tokens")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=_positive_int,
+        help="longest answer, in tokens (default: the checkpoint's, or 128)",
+    )
     _add_sheet(parser)
 
 
