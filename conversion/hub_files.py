@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conversion.planned_tensors import SourceTensor, index_tensors
-from modeling_pisces.checkpoint_files_pisces import read_json
+from modeling_pisces.checkpoint_files_pisces import read_weight_map as read_index
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -69,7 +69,7 @@ def weight_patterns(folder: str, stem: str, variant: str | None) -> list[str]:
 def read_weight_map(folder: Path, stem: str, variant: str | None) -> dict[str, str] | None:
     """Name of a tensor -> file, from the index of one precision; None where the weights are a single file."""
     index = folder / (f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json")
-    return read_json(index)["weight_map"] if index.is_file() else None
+    return read_index(index) if index.is_file() else None
 
 
 def index_variant(

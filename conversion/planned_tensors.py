@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_pisces.checkpoint_files_pisces import read_json, read_safetensors_header, weight_files
+from modeling_pisces.checkpoint_files_pisces import read_safetensors_header, read_weight_map, weight_files
 
 
 # safetensors' names; alignment and order inside a file follow from the item size
@@ -169,7 +169,7 @@ def _read_places(path: Path) -> Iterator[SourceTensor]:
 
 
 def _check_index(index_path: Path, found: dict[str, SourceTensor]) -> None:
-    weight_map = read_json(index_path).get("weight_map", {})
+    weight_map = read_weight_map(index_path)
     for name in sorted(weight_map.keys() | found.keys()):
         listed, actual = weight_map.get(name), found[name].file.name if name in found else None
         if listed != actual:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .checkpoint_safety_pisces import check_folder, check_references, check_regular, check_shard_name
 from .configuration_pisces import PiscesConfig
 
 
@@ -61,10 +62,12 @@ def check_checkpoint(folder: Path, with_decoder: bool = False) -> None:
         with_decoder: also ask for the diffusion decoder, as drawing needs it.
 
     Raises:
-        ValueError: a file is missing, is not valid JSON, or is not a whole safetensors file; or the configuration
-            describes no Pisces model or an impossible one.
+        ValueError: a file is missing, is no regular file, is not valid JSON, or is not a whole safetensors file; or
+            the configuration describes no Pisces model or an impossible one, or reaches outside the folder.
     """
+    check_folder(folder)
     config = read_json(folder / "config.json")
+    check_references(config, folder / "config.json")
     if config.get("model_type") != "pisces":
         raise ValueError(
             f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'pisces'. "
@@ -102,10 +105,11 @@ def _check_decoder(folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object; a missing or broken file is a ValueError that names it."""
     try:
+        check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: not found. Is this a whole checkpoint folder?") from error
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}). Download or save the checkpoint again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object.")
@@ -122,15 +126,35 @@ def read_config(folder: Path) -> PiscesConfig:
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     """Return the safetensors files of one part, one file or the shards of its index; raise for any that is missing."""
-    index_path = folder / f"{stem}.safetensors.index.json"
-    if index_path.exists():
-        names = sorted(set(read_json(index_path).get("weight_map", {}).values()))
-    else:
-        names = [f"{stem}.safetensors"]
+    single, index_path = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.exists() and index_path.exists():
+        raise ValueError(
+            f"{index_path}: there is {single.name} too, and libraries differ in which of the two they load. Remove "
+            "the one that is out of date."
+        )
+    names = sorted(set(read_weight_map(index_path).values())) if index_path.exists() else [single.name]
     for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: not found. Download or save the checkpoint again.")
+        try:
+            check_regular(folder / name)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder / name}: not found. Download or save the checkpoint again.") from error
     return [folder / name for name in names]
+
+
+def read_weight_map(index_path: Path) -> dict[str, str]:
+    """Read name of a tensor -> name of its shard; every shard is a plain name of a file beside the index.
+
+    Raises:
+        ValueError: no such table, or a shard that lies elsewhere.
+    """
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        found = "absent or empty" if not weight_map else f"a {type(weight_map).__name__}"
+        raise ValueError(
+            f"{index_path}: weight_map is {found}, expected the shard of every tensor. Download or save the "
+            "checkpoint again."
+        )
+    return {name: check_shard_name(shard, index_path) for name, shard in weight_map.items()}
 
 
 def read_safetensors_header(path: Path) -> list[StoredTensor]:
@@ -149,7 +173,7 @@ def read_safetensors_header(path: Path) -> list[StoredTensor]:
         header = json.loads(header_bytes)
         tensors = [_stored_tensor(name, entry) for name, entry in header.items() if name != "__metadata__"]
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}: not a safetensors file ({size} bytes). Download it again; with git, check that large files came."
         ) from error

@@ -11,7 +11,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .checkpoint_files_pisces import check_checkpoint, read_json, read_safetensors_header, weight_files
+from .checkpoint_files_pisces import (
+    check_checkpoint,
+    read_json,
+    read_safetensors_header,
+    read_weight_map,
+    weight_files,
+)
 from .hub_cards_pisces import check_card
 
 
@@ -99,7 +105,7 @@ def _check_weights(folder: Path, stem: str) -> None:
     index_path = folder / f"{stem}.safetensors.index.json"
     if not index_path.exists():
         return
-    for name, shard in read_json(index_path)["weight_map"].items():
+    for name, shard in read_weight_map(index_path).items():
         if name not in stored[shard]:
             raise ValueError(f"{folder / shard}: lacks {name}, which {index_path.name} places there. Export again.")
         stored[shard].remove(name)

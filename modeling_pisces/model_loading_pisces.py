@@ -16,6 +16,9 @@ import transformers
 from transformers import AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor, ImageProcessingMixin
 from transformers.utils import logging
 
+from .chat_template_check_pisces import check_chat_template
+from .checkpoint_files_pisces import check_checkpoint
+
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
@@ -53,27 +56,34 @@ def load_model(
     """Load the whole model and its processor from a folder, in evaluation mode.
 
     Args:
-        folder: a checkpoint folder that `check_checkpoint` has passed.
+        folder: a checkpoint folder.
         device: "auto", "cpu", "cuda" or "mps".
         dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
         trust_remote_code: allow Python code from the folder.
 
     Raises:
-        ValueError: the processor or the model cannot be built from the folder, or weights are missing or misshapen.
+        ValueError: `check_checkpoint` refuses the folder, the processor or the model cannot be built from it, or
+            weights are missing or misshapen.
     """
     torch_device = choose_device(device)
+    check_checkpoint(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each sub-processor has its own errors; all mean that a file here is wrong
         raise ValueError(f"{folder}: the processor cannot be built ({_one_line(error)}).") from error
+    try:
+        check_chat_template(processor)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     try:
         model, report = AutoModelForMultimodalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            use_safetensors=True,  # a pickle beside them is never read
         )
-    except (RuntimeError, ValueError, OSError, TypeError, KeyError) as error:
+    except Exception as error:  # of the libraries, of a quantizer that is not installed, of safetensors: all mean this
         raise ValueError(f"{folder}: the model cannot be loaded ({_one_line(error)}).") from error
     _check_loading_report(folder, report)
     # the processor refuses longer prompts; beyond its positions a language model answers nonsense without a word
@@ -125,9 +135,9 @@ def load_pipeline(folder: Path, device: str = "auto", dtype: str = "auto", trust
     model, processor = load_model(folder, device, dtype, trust_remote_code)
     try:
         pipeline = PiscesPipeline.from_pretrained(
-            folder, vision_language_model=model, processor=processor, dtype=model.dtype
+            folder, vision_language_model=model, processor=processor, dtype=model.dtype, use_safetensors=True
         )
-    except (RuntimeError, ValueError, OSError, TypeError, KeyError) as error:
+    except Exception as error:  # as above, and diffusers' own
         raise ValueError(f"{folder}: the decoder cannot be loaded ({_one_line(error)}).") from error
     pipeline.set_progress_bar_config(disable=None, leave=False)  # None: only where a person watches
     return pipeline.to(model.device)
