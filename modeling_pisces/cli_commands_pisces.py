@@ -77,7 +77,7 @@ def _describe(args: argparse.Namespace, folder: Path) -> int:
                 print(f"{picture}: {question} -> {' '.join(answer.split())}", flush=True)
         return [{"image": picture, "question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
 
-    results, errors = _for_each("image", pictures, answer_all)
+    results, errors = _for_each(folder, "image", pictures, answer_all)
     return _finish(args, results, errors, [Section("Questions about pictures", tiles)])
 
 
@@ -125,7 +125,7 @@ def _draw(args: argparse.Namespace, folder: Path) -> int:
         tiles.extend(Tile(image, f"{prompt}\nseed {seed}") for image, seed in zip(images, seeds, strict=True))
         return [{"prompt": prompt, "seed": seed, "path": path} for seed, path in zip(seeds, paths, strict=True)]
 
-    results, errors = _for_each("prompt", args.prompts, draw_all, say=None if args.json else _say_path)
+    results, errors = _for_each(folder, "prompt", args.prompts, draw_all, say=None if args.json else _say_path)
     return _finish(args, results, errors, [Section("Drawings", tiles)])
 
 
@@ -143,7 +143,7 @@ def _reconstruct(args: argparse.Namespace, folder: Path) -> int:
         tiles.extend([Tile(image, f"{name}\nthe picture"), Tile(again, f"{name}\nreconstruction")])
         return [{"image": picture, "seed": args.seed, "path": place.save(again, Path(picture).stem, args.seed)}]
 
-    results, errors = _for_each("image", pictures, reconstruct_one, say=None if args.json else _say_path)
+    results, errors = _for_each(folder, "image", pictures, reconstruct_one, say=None if args.json else _say_path)
     return _finish(args, results, errors, [Section("Pictures and their reconstructions", tiles)])
 
 
@@ -163,12 +163,16 @@ def _say_path(result: dict[str, Any]) -> None:
 
 
 def _for_each(
+    folder: Path,
     kind: str,
     items: Iterable[str],
     work: Callable[[str], list[dict[str, Any]]],
     say: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Do the work for each item; one that is refused is reported and the others go on."""
+    """Do the work for each item; one that is refused is reported and the others go on.
+
+    A checkpoint that fails before anything is done, with an error that no input causes, is named instead.
+    """
     results: list[dict[str, Any]] = []
     errors: list[dict[str, str]] = []
     for item in items:
@@ -179,6 +183,13 @@ def _for_each(
             errors.append({kind: item, "error": message})
             print(f"pisces: error: {message}", file=sys.stderr)
             continue
+        except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
+            if results or "out of memory" in str(error):
+                raise
+            raise UsageError(  # what loads and fails at first use: a setting of a wrong type, most of the time
+                f"{folder}: fails at the first {kind} ({type(error).__name__}: {' '.join(str(error).split())[:500]})."
+                " A setting in its JSON files may be wrong; --verbose shows where it fails."
+            ) from error
         results.extend(done)
         if say:
             for result in done:

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .chat_template_check_pisces import check_chat_template
 from .checkpoint_files_pisces import check_checkpoint
+from .loaded_checks_pisces import check_generation_values, check_picture_sizes, check_text_length
 
 
 @contextmanager
@@ -65,12 +66,13 @@ def load_model(
         ValueError: `check_checkpoint` refuses the folder, the processor or the model cannot be built from it, or
             weights are missing or misshapen.
     """
-    torch_device = choose_device(device)
+    torch_device, folder = choose_device(device), Path(folder)
     check_checkpoint(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each sub-processor has its own errors; all mean that a file here is wrong
         raise ValueError(f"{folder}: the processor cannot be built ({_one_line(error)}).") from error
+    check_text_length(folder, processor.tokenizer)
     try:
         check_chat_template(processor)
     except ValueError as error:
@@ -86,6 +88,8 @@ def load_model(
     except Exception as error:  # of the libraries, of a quantizer that is not installed, of safetensors: all mean this
         raise ValueError(f"{folder}: the model cannot be loaded ({_one_line(error)}).") from error
     _check_loading_report(folder, report)
+    check_picture_sizes(folder, processor, model.config)
+    check_generation_values(folder, model.generation_config)
     # the processor refuses longer prompts; beyond its positions a language model answers nonsense without a word
     context = getattr(model.config.text_config, "max_position_embeddings", None)
     processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, context or sys.maxsize)

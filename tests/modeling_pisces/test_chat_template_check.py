@@ -39,7 +39,9 @@ def small_limits(monkeypatch):
 @pytest.mark.parametrize("template", HOSTILE.values(), ids=HOSTILE)
 def test_a_template_without_end_or_measure_is_refused_in_seconds(template, small_limits):
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"chat template cannot be used: (it needs more than (1 s or )?512 MiB|OverflowError)"):
+    with pytest.raises(
+        ValueError, match=r"chat template cannot be used: (it needs more than (1 s or )?512 MiB|OverflowError)"
+    ):
         check_chat_template(make_processor(chat_template=template))
     assert time.monotonic() - start < 20
 
