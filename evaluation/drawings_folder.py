@@ -18,6 +18,7 @@ from PIL import Image
 
 from evaluation.prompt_sets import GENEVAL_TASKS, Prompt
 from evaluation.run_files import write_whole
+from modeling_pisces.image_loading_pisces import load_image
 
 
 SEED_RULE = 'the first 6 bytes, big-endian, of sha256("SEED/PROMPT/IMAGE"), both counted from 0'
@@ -49,7 +50,7 @@ def write_for_scorer(folder: Path, kind: str, prompt: Prompt, images_per_prompt:
     if kind not in ("dpg", "wise") or path.is_file():
         return
     number = images_per_prompt if kind == "dpg" else 1
-    pictures = [Image.open(picture_path(folder, prompt.index, image)) for image in range(number)]
+    pictures = [load_image(picture_path(folder, prompt.index, image)) for image in range(number)]
     columns, (width, height) = math.ceil(math.sqrt(number)), pictures[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(number / columns) * height))
     for image, picture in enumerate(pictures):

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from evaluation.detectors import ColorClassifier, load_detector
@@ -37,6 +36,7 @@ from evaluation.run_files import (
     write_json,
 )
 from evaluation.summaries import Outcomes, drawing_summary
+from modeling_pisces.image_loading_pisces import load_image
 
 
 # What the official scorer uses, in its form for transformers.
@@ -79,7 +79,7 @@ def judge_pictures(
     done = set(read_verdicts(lines.parent))
     for prompt_index, image_index in tqdm([job for job in jobs if job not in done], desc="scoring", unit="picture"):
         path = picture_path(drawings, prompt_index, image_index)
-        image = Image.open(path).convert("RGB")
+        image = load_image(path)
         entry = entries[prompt_index]
         verdict = judge(image, detect(image), entry, name_colors, thresholds)
         row = {"file": path.relative_to(drawings).as_posix(), "prompt": prompt_index, "image": image_index}

@@ -32,11 +32,10 @@ from evaluation.run_files import (
     one_line_errors,
     write_json,
 )
-from modeling_pisces.image_loading_pisces import load_image
+from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES, load_image
 
 
 CLIP = "openai/clip-vit-large-patch14"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Source: CMMD, arXiv 2401.09603, section 4: a Gaussian kernel of this width on unit vectors, times 1000
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 FID_PACKAGES = ("torchmetrics", "torch-fidelity")
@@ -124,10 +123,10 @@ def find_pictures(folder: Path) -> list[Path]:
     Raises:
         ValueError: there is none.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
     if not paths:
         raise ValueError(
-            f"--reference {folder}: no pictures in it. Expected a folder with {', '.join(SUFFIXES)} files."
+            f"--reference {folder}: no pictures in it. Expected a folder with {', '.join(PICTURE_SUFFIXES)} files."
         )
     return paths
 

@@ -11,9 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from evaluation.compare import mean_of_tasks
+from modeling_pisces.image_loading_pisces import open_picture
 
 
 HIDDEN = ("step", "epoch", "elapsed_s", "learning_rate", "grad_norm", "image_target_variance")
@@ -120,7 +119,7 @@ def is_current(plot: Path, named: dict[str, dict[str, Any]]) -> bool:
     """Whether a PNG was drawn from these numbers."""
     if not plot.is_file():
         return False
-    with Image.open(plot) as image:
+    with open_picture(plot) as image:
         return image.info.get(DIGEST) == digest_of(named)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from modeling_pisces.image_loading_pisces import load_image
+
 
 # Distances are Euclidean in RGB, 0 to 255 per channel. The palest pair, pink on light, is 130 apart.
 MIN_CONTRAST = 50.0
@@ -95,8 +97,7 @@ def _load_silhouettes(folder: Path) -> Silhouettes:
     if missing:
         raise ValueError(f"{folder}: no {' and no '.join(missing)}. Pass a folder written by finetune.scenes.")
     world = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
-    with Image.open(folder / "shapes.png") as picture:
-        sheet = np.asarray(picture.convert("L"), dtype=np.float32) / 255
+    sheet = np.asarray(load_image(folder / "shapes.png").convert("L"), dtype=np.float32) / 255
     side, names = world["side"], world["shapes"]
     if sheet.shape != (side, side * len(names)):
         raise ValueError(

@@ -12,10 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import ImageFilter
 from tqdm import tqdm
 
 from evaluation.scene_detector import Detection, detect_objects, load_silhouettes
+from modeling_pisces.image_loading_pisces import load_image
 
 
 __all__ = ["detect_objects", "load_silhouettes", "score_prompt", "score_scene", "validate"]
@@ -187,7 +188,7 @@ def validate(
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     for row in tqdm(map(json.loads, rows), total=len(rows), desc="validating the scorer", unit="scene"):
-        picture = Image.open(Path(folder) / row["image"]).convert("RGB").filter(ImageFilter.GaussianBlur(blur))
+        picture = load_image(Path(folder) / row["image"]).filter(ImageFilter.GaussianBlur(blur))
         pixels = np.clip(np.asarray(picture) + random.normal(0, noise, (*picture.size, 3)), 0, 255)
         for name, correct in _validate_one(detect_objects(pixels, silhouettes), row["truth"]):
             asked[name] += 1

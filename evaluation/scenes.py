@@ -31,6 +31,7 @@ from evaluation.summaries import (
     summarize,
 )
 from modeling_pisces.checkpoint_files_pisces import find_checkpoint
+from modeling_pisces.image_loading_pisces import load_image
 from modeling_pisces.measurement_pisces import current_command
 
 
@@ -99,7 +100,7 @@ def reconstruct_scenes(pipeline, data: Path, rows: list[dict], silhouettes, batc
     """Encode and decode each picture, then compare what is seen with its truth."""
     outcomes: Outcomes = defaultdict(list)
     for chunk in batches(rows, batch_size, "reconstructing"):
-        pictures = [Image.open(data / row["image"]).convert("RGB") for row in chunk]
+        pictures = [load_image(data / row["image"]) for row in chunk]
         images = pipeline.reconstruct(pictures, generator=seed_generators(range(len(chunk)))).images
         for row, image in zip(chunk, images, strict=True):
             for name, value in score_scene(detect_objects(image, silhouettes), row["truth"]).items():

@@ -52,6 +52,7 @@ from finetune.packing import PackedRows, PackingCollator, token_lengths
 from finetune.picture_cache import CachedPictureCollator, PictureCache
 from finetune.precompute import precompute
 from finetune.sft_trainer import PiscesSFTConfig, PiscesSFTTrainer
+from modeling_pisces.image_loading_pisces import load_image
 from modeling_pisces.measurement_pisces import paired, write_result
 
 
@@ -123,7 +124,7 @@ def with_opened_pictures(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]
     opened = []
     for row in rows:
         parts = [part for message in row["messages"] for part in message["content"]]
-        images = [Image.open(part["image"]).convert("RGB") for part in parts if part["type"] == "image"]
+        images = [load_image(part["image"]) for part in parts if part["type"] == "image"]
         messages = [
             {**message, "content": [{"type": "image"} if p["type"] == "image" else p for p in message["content"]]}
             for message in row["messages"]

@@ -13,8 +13,8 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from finetune.data_pictures import PICTURE_SUFFIXES
 from finetune.data_schema import DataError, show
+from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES
 
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")  # as `datasets` names them in its imagefolder format

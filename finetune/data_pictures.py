@@ -18,9 +18,6 @@ from finetune.data_schema import DataError, Row, show
 from modeling_pisces.image_loading_pisces import load_image
 
 
-PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-
-
 @dataclass(frozen=True)
 class PictureFolder:
     """The folder that picture paths of one source start from, and how far they may reach.

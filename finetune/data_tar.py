@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.data_files import Record
-from finetune.data_pictures import PICTURE_SUFFIXES
 from finetune.data_schema import DataError, show
+from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES
 
 
 MAX_MEMBER_BYTES = 256 * 2**20  # as for downloads: no picture or caption that one would train on is larger

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from finetune.scene_layout import COLORS, SHAPES, SIZES
+from modeling_pisces.image_loading_pisces import load_image
 
 
 @dataclass
@@ -69,8 +70,7 @@ def _load_folder(folder: str | Path, limit: int | None) -> PictureData:
 
 
 def _read_picture(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    return np.asarray(load_image(path))
 
 
 def to_pixel_values(pictures: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .image_loading_pisces import load_image
-
-
-PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from .image_loading_pisces import PICTURE_SUFFIXES, load_image
 
 
 class UsageError(Exception):

@@ -8,10 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from evaluation.plots import DIGEST, make_figure, save_figure
 from evaluation.study.arms import ARMS, QUESTIONS
+from modeling_pisces.image_loading_pisces import open_picture
 
 
 def numbers_of(results: dict[str, Any], name: str) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def is_current(path: Path, results: dict[str, Any], name: str) -> bool:
     """Whether a PNG was drawn from these numbers."""
     if not path.is_file():
         return False
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         return image.info.get(DIGEST) == digest_of(results, name)
 
 

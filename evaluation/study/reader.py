@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from evaluation.run_files import write_json
 from evaluation.summaries import Outcomes, batches, seed_generators, summarize
+from modeling_pisces.image_loading_pisces import load_image
 
 
 NUM_PLACES = 9
@@ -115,7 +115,7 @@ def encode_rows(model, processor, folder: Path, rows: list[dict], batch_size: in
     """The true vectors of the rows' pictures: (I, M, Dg), fp32 on the CPU."""
     encoded = []
     for chunk in batches(rows, batch_size, "encoding"):
-        pictures = [Image.open(folder / row["image"]).convert("RGB") for row in chunk]
+        pictures = [load_image(folder / row["image"]) for row in chunk]
         pixels = processor.gen_image_processor(pictures, return_tensors="pt")["pixel_values"]
         encoded.append(model.encode_gen_images(pixels.to(model.device)).float().cpu())
     return torch.cat(encoded)
