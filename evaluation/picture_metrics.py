@@ -125,8 +125,9 @@ def find_pictures(folder: Path) -> list[Path]:
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
     if not paths:
+        known = ", ".join(PICTURE_SUFFIXES)
         raise ValueError(
-            f"--reference {folder}: no pictures in it. Expected a folder with {', '.join(PICTURE_SUFFIXES)} files."
+            f"--reference {folder}: no pictures in it. Expected a folder with .png files or others of {known}."
         )
     return paths
 

@@ -7,6 +7,7 @@
 
 # M generated vectors per image, Dg width of a generated vector, T tokens
 
+import copy
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +16,15 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .conversations_pisces import assistant_mask, collect_images, normalize_conversations, refuse_typed_tokens
+from .control_tokens_pisces import ChatInputs, PlainTextTokenizer, TypedTokens
+from .conversations_pisces import assistant_mask, collect_images, find_surrogate, normalize_conversations
+from .image_loading_pisces import one_line
+
+
+try:  # transformers needs it for templates; the Hub's loader asks for nothing that stands in a try
+    from jinja2 import TemplateError
+except ImportError:
+    TemplateError = ValueError  # type: ignore[misc, assignment]
 
 
 GENERATION_MODES = ("text", "image", "interleaved")
@@ -46,6 +55,7 @@ class PiscesChatProcessor(ProcessorMixin):
         return_dict: bool = False,
         processor_kwargs: dict | None = None,
         generation_mode: str | None = None,
+        sanitize_control_tokens: bool = False,
         **kwargs,
     ) -> Any:
         """Write conversations as prompts, and with `tokenize=True` prepare them and their pictures for the model.
@@ -58,6 +68,9 @@ class PiscesChatProcessor(ProcessorMixin):
                 {"type": "text", "text": ...} and {"type": "image", "image" | "path" | "url" | "base64": ...}.
             generation_mode: "image" ends the prompt in `<|gen_start|>`; needs `add_generation_prompt=True`.
             processor_kwargs: passed to `__call__`.
+            sanitize_control_tokens: how to take text that spells a control token (`<|end|>`, `<|image|>`, ...), in
+                contents, roles, tools, documents and template variables. False: refuse it. True: read it as the plain
+                text that it is; needs `tokenize=True`, since text alone cannot keep the two apart.
             **kwargs: variables of the template; what `__call__` knows is passed there.
 
         Returns:
@@ -65,27 +78,29 @@ class PiscesChatProcessor(ProcessorMixin):
             with `return_assistant_tokens_mask=True` also assistant_masks (rows, T).
 
         Raises:
-            ValueError: as `__call__`; and naming row and turn for text that spells a placeholder.
+            ValueError: as `__call__`; and naming row and turn for text that spells a control token, for a malformed
+                message, and for one that the template refuses.
         """
         # Not the method of the base class: before transformers 5.19 its masks ignore that placeholders expand, and
         # before 5.21 nothing in it tells assistant images from the user's.
         opens_turn = bool(add_generation_prompt or continue_final_message)
         self._check_chat(kwargs, opens_turn, return_assistant_tokens_mask, generation_mode)
+        _check_sanitizing(sanitize_control_tokens, tokenize, processor_kwargs)
         call_kwargs = {key: value for key, value in kwargs.items() if key in _CALL_KEYWORDS} | (processor_kwargs or {})
         template_kwargs = {key: value for key, value in kwargs.items() if key not in _CALL_KEYWORDS}
         conversations, is_batched = normalize_conversations(conversation)
-        special = [self.gen_image_token, self.gen_start_token, self.gen_end_token] if self.can_draw else []
-        refuse_typed_tokens(conversations, [self.image_token, *special])
-        prompts, spans = render_jinja_template(
-            conversations=conversations,
-            tools=tools,
-            documents=documents,
-            chat_template=self._named_template(chat_template),
-            return_assistant_tokens_mask=return_assistant_tokens_mask,
-            continue_final_message=continue_final_message,
-            add_generation_prompt=add_generation_prompt,
-            **{**self.tokenizer.special_tokens_map, **template_kwargs},
-        )
+        template = self._named_template(chat_template)
+        typed = TypedTokens(self.tokenizer, template, self._picture_tokens)
+        inputs = ChatInputs(conversations, tools, documents, {**self.tokenizer.special_tokens_map, **template_kwargs})
+        settings = {
+            "chat_template": template,
+            "return_assistant_tokens_mask": return_assistant_tokens_mask,
+            "continue_final_message": continue_final_message,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        prompts, spans = _render(typed.hide(inputs) if sanitize_control_tokens else inputs, settings)
+        if not sanitize_control_tokens:
+            typed.refuse(inputs, prompts, lambda hidden: _render(hidden, settings)[0])
         if generation_mode == "image":
             prompts = [self._open_drawing(prompt) for prompt in prompts]
         if not tokenize:
@@ -96,18 +111,15 @@ class PiscesChatProcessor(ProcessorMixin):
         wants_mask = return_assistant_tokens_mask and return_dict
         if wants_mask:
             call_kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        outputs = self(text=prompts, generation_mode=generation_mode, **call_kwargs)
+        processor = self._with_tokenizer(PlainTextTokenizer(typed)) if sanitize_control_tokens else self
+        outputs = processor(text=prompts, generation_mode=generation_mode, **call_kwargs)
         if wants_mask:
             self._add_assistant_masks(outputs, spans)
         return outputs if return_dict else outputs["input_ids"]
 
     def _check_chat(self, kwargs: dict, opens_turn: bool, wants_mask: bool, generation_mode: str | None) -> None:
-        for option in ("load_audio_from_video", "sanitize_control_tokens"):  # of the base class, newer versions only
-            if kwargs.pop(option, False):
-                raise ValueError(
-                    f"{option} is not supported: Pisces reads no video, and refuses text that spells a placeholder "
-                    "instead of encoding it. Leave the option out."
-                )
+        if kwargs.pop("load_audio_from_video", False):  # of the base class
+            raise ValueError("load_audio_from_video is not supported: Pisces reads no video. Leave the option out.")
         if generation_mode == "image" and not opens_turn:
             raise ValueError(
                 'generation_mode="image" draws in the assistant\'s next turn. Pass add_generation_prompt=True.'
@@ -116,6 +128,26 @@ class PiscesChatProcessor(ProcessorMixin):
             raise ValueError("this processor is understanding-only, so it has no drawing mode.")
         if wants_mask and not self.tokenizer.is_fast:
             raise ValueError("return_assistant_tokens_mask needs a fast tokenizer (of the tokenizers library).")
+
+    @property
+    def _picture_tokens(self) -> list[str]:
+        drawing = [self.gen_image_token, self.gen_start_token, self.gen_end_token] if self.can_draw else []
+        return [self.image_token, *drawing]
+
+    def find_control_tokens(self, text: str) -> list[str]:
+        """The control tokens that a text would become part of a prompt with, in reading order.
+
+        For those who build prompts for `__call__` themselves: ask this about every text that a user typed, and refuse
+        what gives any. `apply_chat_template` does so for its messages.
+        """
+        typed = TypedTokens(self.tokenizer, self._named_template(None), self._picture_tokens)
+        return [token for token, _ in typed.find(text)]
+
+    def _with_tokenizer(self, tokenizer: Any) -> Any:
+        """This processor with another tokenizer, for one call."""
+        processor = copy.copy(self)
+        processor.tokenizer = tokenizer
+        return processor
 
     def _named_template(self, chat_template: str | None) -> str:
         if isinstance(self.chat_template, dict):
@@ -206,3 +238,39 @@ class PiscesChatProcessor(ProcessorMixin):
                 parts.append({"type": "image", "image_vectors": vectors})
             rows.append(parts)
         return rows
+
+
+def _check_sanitizing(wanted: bool, tokenize: bool, processor_kwargs: dict | None) -> None:
+    if not isinstance(processor_kwargs or {}, dict):
+        raise ValueError(f"processor_kwargs is a {type(processor_kwargs).__name__}, expected a dict of settings.")
+    if wanted and not tokenize:
+        raise ValueError(
+            "sanitize_control_tokens=True needs tokenize=True: a prompt as text cannot say which of its tokens were "
+            "typed. Pass tokenize=True, or leave the option out to have such text refused."
+        )
+
+
+def _render(inputs: ChatInputs, settings: dict) -> tuple[list[str], list]:
+    """The prompts of all rows, and the spans of what the assistant wrote.
+
+    Raises:
+        ValueError: naming the row that the template refuses, with the template's own words.
+    """
+    prompts, spans = [], []
+    for row, conversation in enumerate(inputs.conversations):
+        try:
+            rendered, found = render_jinja_template(
+                conversations=[conversation],
+                tools=inputs.tools,
+                documents=inputs.documents,
+                **settings,
+                **inputs.variables,
+            )
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = one_line(error, 300) or type(error).__name__
+            raise ValueError(f"row {row}: the chat template cannot write this conversation ({reason}).") from error
+        if find_surrogate(rendered[0]) is not None:
+            raise ValueError(f"row {row}: half of a character (a lone surrogate) in what the template wrote.")
+        prompts += rendered
+        spans += found
+    return prompts, spans

@@ -1,8 +1,8 @@
 """Conversations as `PiscesProcessor.apply_chat_template` reads them, before any of them is tokenized.
 
-Here: the default chat template, one form for all ways to write a message, the images of each turn, the refusal of
-placeholder text that a user typed, and the arithmetic of assistant masks. Plain data in, plain data out: no tokenizer,
-no pixels.
+Here: the default chat template, one form for all ways to write a message, the images of each turn, and the arithmetic
+of assistant masks. Plain data in, plain data out: no tokenizer, no pixels. Control tokens that a user typed are judged
+in `control_tokens_pisces`, with the tokenizer.
 """
 
 import dataclasses
@@ -76,10 +76,16 @@ def normalize_conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
         )
     is_batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
     rows = [getattr(row, "messages", row) for row in conversation] if is_batched else [conversation]
+    for index, row in enumerate(rows):
+        if not isinstance(row, (list, tuple)) or not row:
+            raise ValueError(
+                f"row {index}: a conversation is a non-empty list of messages, not {row!r:.80}. Leave the row out, or "
+                'write [{"role": "user", "content": "..."}].'
+            )
     return [[_message(m, f"row {r}, turn {t}") for t, m in enumerate(row)] for r, row in enumerate(rows)], is_batched
 
 
-def _as_dict(value: Any) -> Any:
+def as_dict(value: Any) -> Any:
     """A dataclass or pydantic model as a dict of its fields, whose values stay what they are; other things as is."""
     if isinstance(value, Mapping):
         return dict(value)
@@ -89,7 +95,7 @@ def _as_dict(value: Any) -> Any:
 
 
 def _message(message: Any, where: str) -> dict:
-    message = _as_dict(message)
+    message = as_dict(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"{where}: a message is a dict with a role and a content, not {message!r:.80}.")
     message = {key: value for key, value in message.items() if value is not None}
@@ -98,13 +104,32 @@ def _message(message: Any, where: str) -> dict:
         content = [_part(part, where) for part in content]
     elif not isinstance(content, str):
         raise ValueError(f"{where}: content is {type(content).__name__}, expected a string or a list of parts.")
+    _check_unicode([message["role"], content] if isinstance(content, str) else [message["role"], *content], where)
     return {**message, "content": content}
+
+
+def _check_unicode(values: list, where: str) -> None:
+    for value in values:
+        if find_surrogate(text := value if isinstance(value, str) else value.get("text", "")) is not None:
+            raise ValueError(
+                f"{where}: {text!r:.80} holds half of a character (a lone surrogate), which no tokenizer reads. "
+                'Decode the text again, or drop it with text.encode("utf-8", "ignore").decode().'
+            )
+
+
+def find_surrogate(text: str) -> int | None:
+    """Place of the first lone surrogate, half of a character that bad decoding left; None in proper text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _part(part: Any, where: str) -> dict:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    part = _as_dict(part)
+    part = as_dict(part)
     part = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
     if part.get("type") == "text" and isinstance(part.get("text"), str):
         return part
@@ -118,31 +143,13 @@ def _part(part: Any, where: str) -> dict:
         raise ValueError(f"{where}: one image part has several sources {sources}. Keep one of them.")
     if "image_vectors" in part or not sources:
         return {key: part[key] for key in ("type", "image_vectors") if key in part} | {"type": "image"}
-    source = _as_dict(part[sources[0]])
+    source = as_dict(part[sources[0]])
     if isinstance(source, dict) and "url" in source:  # OpenAI's {"image_url": {"url": ...}}
         source = source["url"]
     if sources == ["base64"] and not str(source).startswith("data:"):
         source = decode_base64(str(source), f"{where}, base64 image")
     address = {"url": source} if sources[0] in ("url", "image_url") else {}  # some templates write it into the prompt
     return {"type": "image", "image": source, **address}
-
-
-def refuse_typed_tokens(conversations: list[list[dict]], tokens: list[str]) -> None:
-    """Refuse text that spells one of `tokens`: the model would take it for an image that nobody gave.
-
-    Raises:
-        ValueError: naming row, turn and token.
-    """
-    for row, conversation in enumerate(conversations):
-        for turn, message in enumerate(conversation):
-            content = message["content"]
-            texts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
-            for token in tokens:
-                if any(token in text for text in texts):
-                    raise ValueError(
-                        f"row {row}, turn {turn} ({message['role']}): the text contains the special token {token}. "
-                        'Give images as {"type": "image", ...} parts, and remove or rewrite the token in the text.'
-                    )
 
 
 def collect_images(conversations: list[list[dict]]) -> dict[str, list[list]]:

@@ -235,10 +235,8 @@ def _unknown_format(name: str, start: bytes) -> ValueError:
     for pattern, found in _OTHER_FORMATS.items():
         if re.match(pattern, start, re.DOTALL):
             return ValueError(f"{name}: {found}, not one of {known}. Export it as PNG or JPEG first.")
-    return ValueError(
-        f"{name}: not a picture in one of {known} (it starts with {start[:8]!r}). Give a PNG, JPEG or WebP file; "
-        "export it as one first."
-    )
+    found = f"not a picture in a format PIL knows and Pisces reads (it starts with {start[:8]!r})"
+    return ValueError(f"{name}: {found}. Give a PNG, JPEG or WebP file.")
 
 
 def _too_large(name: str, found: str, max_pixels: int) -> ValueError:

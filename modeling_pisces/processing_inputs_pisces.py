@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from .image_loading_pisces import DEFAULT_MAX_PIXELS
+
 
 PICTURE_NDIM = 3  # (H, W, C) or (C, H, W)
 VECTORS_NDIM = 2  # (M, Dg), one drawn picture as vectors
@@ -87,3 +89,31 @@ def call_setting(kwargs: dict, name: str) -> Any:
     """A setting of one call, given flat or inside `text_kwargs` or `common_kwargs`; None if absent."""
     places = (kwargs, kwargs.get("text_kwargs") or {}, kwargs.get("common_kwargs") or {})
     return next((place[name] for place in places if place.get(name) is not None), None)
+
+
+def check_settings(kwargs: dict) -> None:
+    """Refuse settings of one call that have the wrong form or that only `apply_chat_template` can follow."""
+    for name, value in kwargs.items():
+        if name.endswith("_kwargs") and not isinstance(value or {}, dict):
+            raise ValueError(f"{name} is a {type(value).__name__}, expected a dict of settings: {name}={{...}}.")
+    if call_setting(kwargs, "sanitize_control_tokens"):
+        raise ValueError(
+            "sanitize_control_tokens belongs to apply_chat_template: a finished prompt does not say which of its "
+            "control tokens a user typed. Pass messages there, or ask find_control_tokens about each text."
+        )
+
+
+def check_shapes(pictures: list, image_processor: Any, name: str) -> None:
+    """Refuse a strip that resizing to a shortest edge would make larger than any picture that is read.
+
+    Raises:
+        ValueError: naming the picture's number in reading order.
+    """
+    size = getattr(image_processor, "size", None) or {}
+    edge = size.get("shortest_edge") if hasattr(size, "get") else None
+    for index, picture in enumerate(pictures if edge and not size.get("longest_edge") else []):
+        if edge * edge * max(picture.size) // min(picture.size) > DEFAULT_MAX_PIXELS:
+            raise ValueError(
+                f"{name} {index}: {picture.width} x {picture.height} pixels, too thin to be resized to a short side "
+                f"of {edge}. Cut out the part that matters."
+            )

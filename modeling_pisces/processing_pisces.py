@@ -22,9 +22,17 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 from .chat_pisces import GENERATION_MODES, PiscesChatProcessor
-from .conversations_pisces import default_chat_template
+from .conversations_pisces import default_chat_template, find_surrogate
 from .image_loading_pisces import load_image
-from .processing_inputs_pisces import VECTORS_NDIM, call_setting, check_counts, expand_placeholders, flatten
+from .processing_inputs_pisces import (
+    VECTORS_NDIM,
+    call_setting,
+    check_counts,
+    check_settings,
+    check_shapes,
+    expand_placeholders,
+    flatten,
+)
 
 
 class PiscesProcessor(PiscesChatProcessor):
@@ -113,7 +121,9 @@ class PiscesProcessor(PiscesChatProcessor):
         Args:
             images: one picture, a flat list in reading order, or one list per row. Whatever `load_image` reads.
             text: one prompt or a list. Each `<|image|>` stands for one of `images`, each `<|gen_image|>` for one of
-                `gen_images` or `gen_image_vectors`. A beginning-of-text token that the text has is not doubled.
+                `gen_images` or `gen_image_vectors`. A beginning-of-text token that the text has is not doubled. A
+                prompt is taken at its word, control tokens included: texts of users go into `apply_chat_template`, or
+                are asked about with `find_control_tokens` first.
             gen_images: pictures that the assistant drew, the targets of training; same forms as `images`.
             gen_image_vectors: the same pictures as vectors (M, Dg) that the model encoded or drew, instead of pixels.
             generation_mode: "image" ends every prompt in `<|gen_start|>`, ready to draw. Other modes change nothing.
@@ -130,6 +140,7 @@ class PiscesProcessor(PiscesChatProcessor):
                 the tokenizer's `model_max_length`; naming the file, if a picture cannot be read.
         """
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        check_settings({**kwargs, "gen_images_kwargs": gen_images_kwargs})
         vectors = flatten(gen_image_vectors, VECTORS_NDIM)
         self._check_call(kwargs, text, flatten(images), flatten(gen_images), vectors, generation_mode)
         texts = [text] if isinstance(text, str) else text if text is None else list(text)
@@ -144,6 +155,8 @@ class PiscesProcessor(PiscesChatProcessor):
             kwargs = self._with_text_defaults(kwargs, texts)
         pictures = [load_image(picture) for picture in flatten(images)]
         drawn = [load_image(picture) for picture in flatten(gen_images)]
+        check_shapes(pictures, self.image_processor, "images")
+        check_shapes(drawn, self.gen_image_processor, "gen_images")
         outputs = BatchFeature()
         if texts is not None or pictures:
             outputs = super().__call__(images=pictures or None, text=texts, **kwargs)
@@ -164,6 +177,12 @@ class PiscesProcessor(PiscesChatProcessor):
         if text is not None and not isinstance(text, str):
             if not isinstance(text, (list, tuple)) or not text or not all(isinstance(row, str) for row in text):
                 raise ValueError(f"text must be a string or a non-empty list of strings, not {text!r:.80}.")
+        for row, prompt in enumerate([text] if isinstance(text, str) else text or []):
+            if (place := find_surrogate(prompt)) is not None:
+                raise ValueError(
+                    f"row {row}: character {place} is half of one (a lone surrogate), which no tokenizer reads. "
+                    'Decode the text again, or drop it with text.encode("utf-8", "ignore").decode().'
+                )
         if generation_mode not in (None, *GENERATION_MODES):
             raise ValueError(f"generation_mode={generation_mode!r}: expected one of {', '.join(GENERATION_MODES)}.")
         if not self.can_draw and (gen_images or vectors or generation_mode in ("image", "interleaved")):
@@ -240,7 +259,8 @@ class PiscesProcessor(PiscesChatProcessor):
         return [row for row, _ in rows], [reports for _, reports in rows]
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
-        drawing = ["gen_image"] if self.can_draw else []  # truncation may cut either kind
+        # truncation may cut either kind, or the token that opens or ends a drawing
+        drawing = ["gen_image", "gen_start", "gen_end"] if self.can_draw else []
         super()._check_special_mm_tokens(text, text_inputs, [*modalities, *drawing])
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:

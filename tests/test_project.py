@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_pisces"
 ROOMS = ("modeling_pisces", "conversion", "finetune", "evaluation", "benchmarks", "demo")
 # what code that the Hub carries may import at the top: the loader refuses to run where anything else is missing
-HUB_IMPORTS = {"torch", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors"}
+HUB_IMPORTS = {"torch", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors", "tokenizers"}
 DIFFUSERS_FILES = ("pipeline_", "decoder_")  # reached from the pipeline only
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".jinja", ".cfg", ""}
 
