@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from .checkpoint_safety_pisces import check_folder, check_references, check_regular, check_shard_name
 from .configuration_pisces import PiscesConfig
+from .scheduler_checks_pisces import check_scheduler_config, check_vae_config
 
 
 DECODER_PARTS = ("unet", "vae", "scheduler")
@@ -97,7 +98,12 @@ def _check_decoder(folder: Path) -> None:
             raise ValueError(f"{part_folder}: not found, though model_index.json names it. Download the folder again.")
         for path in sorted(part_folder.glob("*.json")):
             read_json(path)
-        if part != "scheduler":
+        if part == "scheduler":
+            path = part_folder / "scheduler_config.json"
+            check_scheduler_config(read_json(path), str(path))
+        else:
+            if part == "vae":
+                check_vae_config(read_json(part_folder / "config.json"), str(part_folder / "config.json"))
             for path in weight_files(part_folder, stem="diffusion_pytorch_model"):
                 read_safetensors_header(path)
 

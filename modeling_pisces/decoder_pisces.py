@@ -7,6 +7,7 @@ Letters: B samples, M generated vectors per image, Dg width of a generated vecto
 """
 
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .pipeline_checks_pisces import Generators
+from .pipeline_checks_pisces import Generators, check_schedule, integer
 
 
 try:
@@ -25,6 +26,8 @@ except ImportError:  # diffusers < 0.42 knows one device for the whole pipeline
     get_module_execution_device = None
 
 logger = logging.get_logger(__name__)
+
+_UPCASTING = threading.Lock()  # a VAE that is fp32 for a moment must not be met, or taken back, by another thread
 
 
 def vae_scale_factor(vae: AutoencoderKL | AutoencoderTiny | None) -> int:
@@ -44,14 +47,16 @@ def picture_size(
     if side is None and (height is None or width is None):
         raise ValueError("unet: sample_size is None, so the picture has no default size. Pass height= and width=.")
     sides = (side, side) if isinstance(side, int) or side is None else tuple(side)
-    height = sides[0] * factor if height is None else height
-    width = sides[1] * factor if width is None else width
-    for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or value < 1 or value % factor:
+    given = {"height": height, "width": width}
+    lengths = []
+    for side, (name, value) in zip(sides, given.items(), strict=True):
+        length = side * factor if value is None else integer(value)
+        if length is None or length < 1 or length % factor:
             raise ValueError(
                 f"{name} is {value!r}; expected a positive multiple of {factor}, this decoder's pixels per latent."
             )
-    return height, width
+        lengths.append(length)
+    return lengths[0], lengths[1]
 
 
 def set_timesteps(
@@ -74,8 +79,18 @@ def set_timesteps(
             raise ValueError(
                 f"{type(scheduler).__name__} takes no custom {name}. Pass num_inference_steps=, or swap the scheduler."
             )
+    num_trained = scheduler.config.get("num_train_timesteps")
+    for name, values in custom.items():
+        custom[name] = check_schedule(name, values, num_trained)
+    if not custom and num_trained and num_inference_steps > num_trained:
+        raise ValueError(
+            f"num_inference_steps is {num_inference_steps}; expected at most {num_trained}, the number of steps that "
+            "this scheduler was made for (num_train_timesteps)."
+        )
     steps = custom or {"num_inference_steps": num_inference_steps}
     scheduler.set_timesteps(**steps, device=device)
+    if not len(scheduler.timesteps):
+        raise ValueError(f"{custom or num_inference_steps} leaves {type(scheduler).__name__} no step. Give more.")
     return scheduler.timesteps, len(scheduler.timesteps) if custom else num_inference_steps
 
 
@@ -145,14 +160,14 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny | None, latents: Tensor)
     if get_module_execution_device is not None:
         latents = latents.to(get_module_execution_device(vae))  # a VAE on a device of its own
     # fp32 here: the SDXL VAE overflows in fp16 and returns black images; its config says so with force_upcast
-    needs_upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if not needs_upcast:
-        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-    vae.to(dtype=torch.float32)
-    try:
-        return vae.decode(latents.float(), return_dict=False)[0]
-    finally:
-        vae.to(dtype=torch.float16)  # exact: every fp16 number survives the way to fp32 and back
+    with _UPCASTING:
+        if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+            vae.to(dtype=torch.float32)
+            try:
+                return vae.decode(latents.float(), return_dict=False)[0]
+            finally:
+                vae.to(dtype=torch.float16)  # exact: every fp16 number survives the way to fp32 and back
+    return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
 
 def _unscale_latents(config, latents: Tensor) -> Tensor:

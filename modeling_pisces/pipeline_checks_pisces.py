@@ -6,7 +6,9 @@ pipeline calls them at the start of a call, and `check_decoder` also before it l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -19,6 +21,18 @@ if TYPE_CHECKING:  # the export asks `check_decoder` where diffusers may be abse
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def integer(value: Any) -> int | None:
+    """Python's or numpy's integer as an int; None for everything else, also for booleans."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def finite_number(value: Any) -> float | None:
+    """Python's or numpy's finite number; None for everything else, also for booleans."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def decoder_vector_size(unet: UNet2DConditionModel) -> int:
@@ -102,62 +116,167 @@ def check_vectors(name: str, vectors: Tensor) -> None:
         raise ValueError(f"{name} has dtype {vectors.dtype} or non-finite values; expected finite floating numbers.")
 
 
-def check_generators(generator: Generators, num_samples: int) -> Generators:
-    """A list holds one generator per sample; one generator for one sample is the same as a list of one."""
+def check_generators(
+    generator: Generators, num_samples: int, device: torch.device | str | None = None
+) -> list[torch.Generator] | torch.Generator | None:
+    """A list holds one generator per sample; one generator for one sample is the same as a list of one.
+
+    `device` is where the noise is needed: a generator lives there or on the CPU.
+    """
+    generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
     if isinstance(generator, (list, tuple)):
         if len(generator) != num_samples or not all(isinstance(one, torch.Generator) for one in generator):
             raise ValueError(
                 f"generator is a list of {len(generator)} but {num_samples} pictures were asked for (prompts x "
                 "num_images_per_prompt); expected one torch.Generator per picture, or a single one for all."
             )
-        return list(generator)
-    if generator is not None and not isinstance(generator, torch.Generator):
+    elif generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(
             f"generator is a {type(generator).__name__}; expected a torch.Generator or a list of them, for example "
             "torch.Generator().manual_seed(0)."
         )
-    return [generator] if generator is not None and num_samples == 1 else generator
+    for one in generators:
+        if one is not None and device is not None and one.device.type not in ("cpu", torch.device(device).type):
+            raise ValueError(
+                f"generator is on {one.device}, but the pipeline draws on {device}; expected one there or on the CPU: "
+                f'torch.Generator("{torch.device(device).type}").'
+            )
+    if isinstance(generator, (list, tuple)):
+        return generators
+    return generators if generator is not None and num_samples == 1 else generator
 
 
 def check_latents(latents: Tensor | None, shape: tuple[int, int, int, int]) -> None:
-    """Given starting noise has one row per picture and the size of its latents."""
-    if latents is not None and tuple(latents.shape) != shape:
+    """Given starting noise has one row per picture, the size of its latents, and finite numbers."""
+    if latents is None:
+        return
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents are a {type(latents).__name__}; expected a tensor of shape {shape}.")
+    if tuple(latents.shape) != shape:
         raise ValueError(
             f"latents have shape {tuple(latents.shape)}; expected {shape}: pictures, channels, height and width in "
             "latents. Pass height= and width= for another size."
         )
-
-
-def check_settings(
-    output_type: str, num_images_per_prompt: int, num_inference_steps: int, guidance_scale: float
-) -> None:
-    """Refuse settings of a wrong kind or out of range, by their name."""
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(OUTPUT_TYPES)}.")
-    counts = {"num_images_per_prompt": num_images_per_prompt, "num_inference_steps": num_inference_steps}
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected an integer of at least 1.")
-    if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
+    if not latents.is_floating_point() or not torch.isfinite(latents).all():
         raise ValueError(
-            f"guidance_scale is {guidance_scale!r}; expected a finite number >= 0. 1 or less means no guidance."
+            f"latents have dtype {latents.dtype} or non-finite values; expected finite floating numbers, unit noise."
         )
 
 
-def check_callback_names(names: Sequence[str], known: Sequence[str]) -> None:
-    """A callback can only be shown tensors that the loop has."""
+def check_count(name: str, value: Any) -> int:
+    """A number of pictures or steps."""
+    count = integer(value)
+    if count is None or count < 1:
+        raise ValueError(f"{name} is {value!r}; expected an integer of at least 1.")
+    return count
+
+
+def check_guidance(value: Any, name: str = "guidance_scale") -> float:
+    """A factor of guidance."""
+    number = finite_number(value)
+    if number is None or number < 0:
+        raise ValueError(f"{name} is {value!r}; expected a finite number >= 0. 1 or less means no guidance.")
+    return number
+
+
+def check_eta(value: Any) -> float:
+    """DDIM's share of noise."""
+    number = finite_number(value)
+    if number is None or not 0 <= number <= 1:
+        raise ValueError(f"eta is {value!r}; expected a number from 0 (DDIM) to 1 (DDPM).")
+    return number
+
+
+def check_output_type(value: Any) -> None:
+    if value not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {value!r}; expected one of {', '.join(OUTPUT_TYPES)}.")
+
+
+def check_schedule(name: str, values: Any, num_trained: int | None) -> list:
+    """Custom timesteps or sigmas as a plain list: finite numbers from noisy to clean, none of them twice.
+
+    Raises:
+        ValueError: naming the first value that cannot be used.
+    """
+    if isinstance(values, Tensor) or hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple, range)) or len(values) == 0:
+        raise ValueError(f"{name} is {values!r:.80}; expected a non-empty list of numbers, from noisy to clean.")
+    numbers: list = [integer(one) if name == "timesteps" and integer(one) is not None else one for one in values]
+    # a sigma has no upper end of its own; a timestep is one that the U-Net was trained at
+    end = num_trained if name == "timesteps" and num_trained else math.inf
+    for index, value in enumerate(numbers):
+        number = finite_number(value)
+        if number is None or not 0 <= number < end:
+            expected = f"a number from 0 to {end - 1}" if end < math.inf else "a finite number >= 0"
+            raise ValueError(f"{name} {index} is {value!r}; expected {expected}.")
+        if index and number >= numbers[index - 1]:
+            raise ValueError(f"{name} {index} is {value!r} after {numbers[index - 1]!r}; expected falling numbers.")
+    return numbers
+
+
+def check_callback(callback: Callable | None, names: Sequence[str], known: Sequence[str]) -> None:
+    """A callback can be called, and can only be shown tensors that the loop has."""
+    if callback is not None and not callable(callback):
+        raise ValueError(
+            f"callback_on_step_end is a {type(callback).__name__}; expected a function "
+            "f(pipe, step, timestep, tensors) -> tensors."
+        )
+    if not isinstance(names, (list, tuple, set, frozenset)):
+        raise ValueError(f"callback_on_step_end_tensor_inputs is {names!r}; expected a list of some of {list(known)}.")
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown}; expected some of {list(known)}.")
 
 
-def check_vector_options(options: dict[str, Any]) -> None:
-    """Options of `model.generate` that the pipeline sets itself cannot be given a second time."""
+def check_callback_result(result: Any, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a callback returned: nothing, or tensors of the shapes that it was shown."""
+    if result is None:
+        return {}
+    if not isinstance(result, Mapping):
+        raise ValueError(
+            f"callback_on_step_end returned a {type(result).__name__}; expected None or a dict of tensors by name."
+        )
+    for name, value in result.items():
+        if name not in tensors:
+            raise ValueError(f"callback_on_step_end returned {name!r}; expected some of {list(tensors)}.")
+        before = tensors[name]
+        if before is None and value is None:
+            continue
+        if not isinstance(value, Tensor) or (before is not None and value.shape != before.shape):
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            expected = "None" if before is None else f"a tensor of shape {tuple(before.shape)}"
+            raise ValueError(f"callback_on_step_end returned {name} as {found}; expected {expected}.")
+    return dict(result)
+
+
+def check_vector_options(options: Any) -> dict[str, Any]:
+    """Options of `model.generate`: not those that the pipeline sets itself, and numbers that can be drawn with."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"vector_kwargs is {options!r:.80}; expected a dict of options of model.generate.")
     reserved = {"prompt", "generator", "generation_mode", "num_return_sequences", "num_images_per_prompt"}
     if given := sorted(reserved & set(options)):
         raise ValueError(
             f"vector_kwargs: {', '.join(given)} is set by the pipeline. Use its own prompt=, generator= and "
             "num_images_per_prompt=."
         )
+    temperature = options.get("image_temperature")
+    if temperature is not None and (finite_number(temperature) is None or temperature < 0):
+        raise ValueError(f"vector_kwargs: image_temperature is {temperature!r}; expected a finite number >= 0.")
+    steps = options.get("num_flow_steps")
+    if steps is not None and (integer(steps) is None or steps < 1):
+        raise ValueError(f"vector_kwargs: num_flow_steps is {steps!r}; expected an integer of at least 1.")
+    return dict(options)
+
+
+def check_finite(what: str, values: Tensor, advice: str) -> Tensor:
+    """Refuse a result that holds NaN or infinity, by the first picture that does."""
+    is_finite = torch.isfinite(values).flatten(1).all(1)
+    if not is_finite.all():
+        row = int((~is_finite).nonzero()[0])
+        raise ValueError(f"picture {row}: {what} hold NaN or infinite values. {advice}")
+    return values
 
 
 def check_one_given(first: str, second: str, values: tuple[Any, Any], needs_one: bool = True) -> None:
@@ -188,15 +307,19 @@ def check_rows(name: str, found: int, num_rows: int) -> None:
 
 
 def check_size_pairs(**pairs: tuple[int, int]) -> None:
-    """SDXL's sizes and crop are pairs of integers, in pixels."""
+    """SDXL's sizes and crop are pairs of integers, in pixels: a size is positive, a crop may start at 0."""
     for name, pair in pairs.items():
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(value, int) for value in pair):
-            raise ValueError(f"{name} is {pair!r}; expected two integers, (height, width) or (top, left) in pixels.")
+        values = [integer(value) for value in pair] if isinstance(pair, (list, tuple)) else []
+        smallest = 0 if name == "crops_coords_top_left" else 1
+        if len(values) != 2 or any(value is None or value < smallest for value in values):
+            raise ValueError(
+                f"{name} is {pair!r}; expected two integers >= {smallest}, (height, width) or (top, left) in pixels."
+            )
 
 
 def check_default_negative(value: str) -> None:
     """Refuse a default negative that no pipeline knows, before anything is built."""
-    if value not in ("empty", "zeros"):
+    if not isinstance(value, str) or value not in ("empty", "zeros"):
         raise ValueError(
             f'default_negative is {value!r}; expected "empty" (the empty prompt) or "zeros" (all-zero vectors).'
         )

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
-from .pipeline_checks_pisces import check_decoder
+from .pipeline_checks_pisces import check_count, check_decoder, check_default_negative, check_guidance
+from .scheduler_checks_pisces import prediction_kind
 
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ else:
 
 # arguments of from_pretrained that mean the same to diffusers and to transformers
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+PARTS = ("unet", "scheduler", "vae", "vision_language_model", "processor")
+# of a pipeline whose checkpoint names none; steps and guidance are those of Emu2's decoder, arXiv 2312.13286
+DEFAULTS = {"default_num_inference_steps": 50, "default_guidance_scale": 3.0, "default_negative": "empty"}
 
 
 def has_language_model(source: str | os.PathLike, **hub_options: Any) -> bool:
@@ -69,6 +74,28 @@ def source_of_decoder(source: str | os.PathLike, unet: UNet2DConditionModel) -> 
     return {"revision": folder.name, "cache_dir": str(folder.parents[2])}
 
 
+def trained_prediction(source: str | os.PathLike, **hub_options: Any) -> str | None:
+    """What the checkpoint's own scheduler says its U-Net was trained to predict; None where nothing says so."""
+    try:
+        config = DDIMScheduler.load_config(source, subfolder="scheduler", **hub_options)  # reads any scheduler's file
+    except (OSError, ValueError):
+        return None
+    return prediction_kind(str(config.get("_class_name", "")), config)
+
+
+def checked_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The three defaults of a pipeline, refused where a call could not use them.
+
+    Raises:
+        ValueError: naming the default.
+    """
+    name = "default_num_inference_steps"
+    steps = check_count(name, settings[name])
+    guidance = check_guidance(settings["default_guidance_scale"], "default_guidance_scale")
+    check_default_negative(settings["default_negative"])
+    return {**settings, name: steps, "default_guidance_scale": guidance}
+
+
 def save_remote_code(pipeline_class: type, folder: Path) -> None:
     """Copy the files that define `pipeline_class` into `folder` and name it there as remote code."""
     file = Path(inspect.getfile(pipeline_class))
@@ -78,6 +105,15 @@ def save_remote_code(pipeline_class: type, folder: Path) -> None:
     settings = json.loads(index.read_text(encoding="utf-8"))
     settings["_class_name"] = [file.stem, pipeline_class.__name__]
     index.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _refuse_adapters(model: Any, name: str, advice: str) -> None:
+    # PEFT's layers rename the weights (base_layer), and a wrapped or adapted transformers model saves the adapter only
+    if getattr(model, "peft_config", None):
+        adapters = ", ".join(map(str, model.peft_config))
+        raise ValueError(
+            f"{name} carries the adapter {adapters}, which this format cannot hold. Save it on its own, then {advice}."
+        )
 
 
 class PipelineLoadingMixin(Base):
@@ -101,6 +137,8 @@ class PipelineLoadingMixin(Base):
         pipe = super().from_pretrained(source, load_language_model=False, **kwargs)
         parts = {"vision_language_model", "processor"} - set(kwargs)
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        if "unet" not in kwargs:
+            pipe.unet._trained_prediction = trained_prediction(source, **hub_options)
         if load_language_model and parts and has_language_model(source, **hub_options):
             device_map = kwargs.get("device_map")
             pipe.load_language_model(
@@ -157,35 +195,99 @@ class PipelineLoadingMixin(Base):
         """
         super().register_to_config(**kwargs)
         source = kwargs.get("_name_or_path")
-        if source is None or not getattr(self, "_attach_when_named", False) or self.vision_language_model is not None:
+        if source is None or not hasattr(self, "_attach_when_named"):
+            return
+        hub_options = source_of_decoder(source, self.unet)
+        if hub_options is not None and not hasattr(self.unet, "_trained_prediction"):
+            self.unet._trained_prediction = trained_prediction(source, **hub_options)
+        if not self._attach_when_named or self.vision_language_model is not None:
             return
         self._attach_when_named = False
-        hub_options = source_of_decoder(source, self.unet)
         if hub_options is None or not has_language_model(source, **hub_options):
             return
         # fp32 is what diffusers gives those who ask for nothing; the repository's code is running already
         dtype = "auto" if self.unet.dtype == torch.float32 else self.unet.dtype
         self.load_language_model(source, dtype=dtype, trust_remote_code=True, **hub_options)
 
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name; `PiscesPipeline(**pipe.components)` shares them, and draws with the same defaults."""
+        # Only parts travel this way, and pipelines of different defaults may share one U-Net: whoever hands it out
+        # says which defaults go with it.
+        self._note_defaults()
+        return super().components
+
+    def _note_defaults(self) -> None:
+        self.unet._pipeline_defaults = {name: self.config[name] for name in DEFAULTS}
+
+    def _resolved_defaults(self, unet: Any, **given: Any) -> dict[str, Any]:
+        """Each default: as given, else as the U-Net came with, else the usual one."""
+        noted = getattr(unet, "_pipeline_defaults", None) or {}
+        named = {name: value for name, value in given.items() if value is not None}
+        return checked_defaults({**DEFAULTS, **noted, **named})
+
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs) -> Any:
-        """A pipeline that shares the parts of another one; nothing is loaded."""
-        return super().from_pipe(pipeline, **{"load_language_model": False, **kwargs})
+        """A pipeline that shares the parts of another one; nothing is loaded, copied or cast.
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """Save the decoder: U-Net, VAE, scheduler and `model_index.json`, without language model and processor.
+        Args:
+            pipeline: any diffusers pipeline that has a U-Net and a scheduler; a VAE, language model and processor
+                are taken over where it has them.
+            kwargs: parts and defaults to have instead; `dtype` (or `torch_dtype`) casts all parts.
 
-        Those belong at the root of the same folder, where `model.save_pretrained(folder)` and
-        `processor.save_pretrained(folder)` put them and `from_pretrained(folder)` finds them again; a copy inside the
-        pipeline would double the checkpoint. A pipeline that came as remote code saves that code too, which diffusers
-        itself leaves out. Arguments are those of diffusers.
+        Raises:
+            ValueError: a part is missing.
         """
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        parts = {name: getattr(pipeline, name, None) for name in PARTS}
+        settings = {name: pipeline.config[name] for name in DEFAULTS if name in pipeline.config}
+        options = {**parts, **settings, "load_language_model": False, **kwargs}
+        if missing := [name for name in ("unet", "scheduler") if options[name] is None]:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no {' and no '.join(missing)}, which drawing needs. Pass "
+                f"{missing[0]}=, or a pipeline that has one."
+            )
+        pipe = cls(**options)
+        # diffusers keeps what only the other class knows under a private name, for the way back
+        others = {name: value for name, value in pipeline.config.items() if name not in options}
+        pipe.register_to_config(**{name if name[0] == "_" else f"_{name}": value for name, value in others.items()})
+        return pipe if dtype is None else pipe.to(dtype=dtype)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, save_language_model: bool = True, **kwargs: Any
+    ) -> None:
+        """Save everything in the folder that `from_pretrained` reads: decoder, language model and processor.
+
+        U-Net, VAE and scheduler go into folders of their own beside `model_index.json`; language model and processor,
+        where the pipeline has them, to the root, as their own `save_pretrained` writes them. Nothing is saved twice.
+        A pipeline that came as remote code saves that code too, which diffusers itself leaves out.
+
+        Args:
+            save_language_model: False saves the decoder only.
+            kwargs: as for every diffusers pipeline, `push_to_hub` too; `max_shard_size` also holds for the language
+                model, `variant` is for the decoder only.
+
+        Raises:
+            ValueError: an adapter hangs on a part whose file could not be loaded again.
+        """
+        _refuse_adapters(self.unet, "unet", "unload_lora_weights() (after fuse_lora() to keep its effect)")
+        folder = os.fspath(save_directory)
+        if os.path.isfile(folder):
+            raise ValueError(f"{folder}: this is a file. Give a folder to save the pipeline in.")
+        if save_language_model and self.vision_language_model is not None:
+            _refuse_adapters(self.vision_language_model, "vision_language_model", "merge it (merge_and_unload)")
+            shards = {"max_shard_size": kwargs["max_shard_size"]} if kwargs.get("max_shard_size") else {}
+            self.vision_language_model.save_pretrained(folder, **shards)
+        if save_language_model and self.processor is not None:
+            self.processor.save_pretrained(folder)
         names = ("unet", "scheduler", "vae")
-        defaults = ("default_num_inference_steps", "default_guidance_scale", "default_negative")
-        decoder = type(self)(
-            **{name: getattr(self, name) for name in names}, **{name: self.config[name] for name in defaults}
-        )
-        super(PipelineLoadingMixin, decoder).save_pretrained(save_directory, **kwargs)
+        parts = {name: self.__dict__[name] for name in names}  # the pipeline's scheduler, not that of a running call
+        decoder = type(self)(**parts, **{name: self.config[name] for name in DEFAULTS})
+        super(PipelineLoadingMixin, decoder).save_pretrained(folder, **kwargs)
+
+    def save_config(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write `model_index.json`, and the code of a pipeline that came as remote code, before any upload begins."""
+        super().save_config(save_directory, **kwargs)
         if type(self).__module__.startswith("diffusers_modules."):
             save_remote_code(type(self), Path(save_directory))
 

@@ -29,28 +29,53 @@ from .decoder_pisces import (
     step_options,
     vae_scale_factor,
 )
+from .pipeline_calls_pisces import PipelineCallMixin
 from .pipeline_checks_pisces import (
     Generators,
-    check_callback_names,
+    check_callback,
+    check_callback_result,
+    check_count,
     check_decoder,
-    check_default_negative,
+    check_eta,
+    check_finite,
     check_generators,
+    check_guidance,
     check_latents,
     check_one_given,
+    check_output_type,
     check_rows,
-    check_settings,
     check_size_pairs,
     check_vector_options,
     check_vectors,
     prompt_list,
 )
 from .pipeline_loading_pisces import PipelineLoadingMixin
+from .scheduler_checks_pisces import check_plan, check_scheduler, check_vae_config
 
 
 logger = logging.get_logger(__name__)
 
 
-class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
+class PicturesToEncode:
+    """Vectors that `reconstruct` asks for: their shape is known, but the model runs only once the call is checked."""
+
+    def __init__(self, model: Any, pixels: Tensor):
+        self.model, self.pixels = model, pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def encode(self) -> Tensor:
+        _run_offload_hook(self.model)
+        advice = "Use other pictures, or load the language model with torch_dtype=torch.float32."
+        return check_finite("the vectors of the generation tower", self.model.encode_gen_images(self.pixels), advice)
+
+    def of_nothing(self) -> "PicturesToEncode":
+        """An all-zero normalised picture: what guidance leads away from."""
+        return PicturesToEncode(self.model, torch.zeros_like(self.pixels[:1]))
+
+
+class PiscesPipeline(PipelineLoadingMixin, PipelineCallMixin, DiffusionPipeline):
     """Draws pictures with a Pisces checkpoint: language model -> image vectors -> diffusion decoder.
 
     Args:
@@ -60,12 +85,17 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         vae: turns latents into pixels; None for a decoder that works on pixels.
         vision_language_model: `PiscesForConditionalGeneration`; None to draw from `image_vectors` only.
         processor: its `PiscesProcessor`.
-        default_num_inference_steps: steps of a call that names none. 50: Emu2's decoder, arXiv 2312.13286.
-        default_guidance_scale: guidance of a call that names none. 3.0: Emu2's decoder.
+        default_num_inference_steps: steps of a call that names none. None here and in the next two: what this U-Net
+            came with from its checkpoint or another pipeline, else 50: Emu2's decoder, arXiv 2312.13286.
+        default_guidance_scale: guidance of a call that names none; else 3.0: Emu2's decoder.
         default_negative: what guidance leads away from when a call does not say: "empty", the drawing of the empty
             prompt (arXiv 2312.13286), or "zeros", for a decoder that was trained with all-zero vectors now and then.
         load_language_model: read only while `DiffusionPipeline.from_pretrained` builds the pipeline: whether to attach
             the language model that lies in the same folder.
+
+    What diffusers calls `prompt_embeds` and `negative_prompt_embeds` are `image_vectors` and `negative_image_vectors`
+    here: `encode_prompt` returns them, and a call takes them in place of a prompt. Several threads may draw with one
+    pipeline.
 
     Example:
         >>> pipe = PiscesPipeline.from_pretrained("./pisces-tiny")
@@ -83,13 +113,18 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         vision_language_model: PreTrainedModel | None = None,
         processor: ProcessorMixin | None = None,
-        default_num_inference_steps: int = 50,
-        default_guidance_scale: float = 3.0,
-        default_negative: str = "empty",
+        default_num_inference_steps: int | None = None,
+        default_guidance_scale: float | None = None,
+        default_negative: str | None = None,
         load_language_model: bool = True,
     ):
         super().__init__()
-        check_default_negative(default_negative)
+        given = {
+            "default_num_inference_steps": default_num_inference_steps,
+            "default_guidance_scale": default_guidance_scale,
+            "default_negative": default_negative,
+        }
+        defaults = self._resolved_defaults(unet, **given)
         self._attach_when_named = load_language_model
         self.register_modules(
             unet=unet,
@@ -98,14 +133,12 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
             vision_language_model=vision_language_model,
             processor=processor,
         )
-        self.register_to_config(
-            default_num_inference_steps=default_num_inference_steps,
-            default_guidance_scale=default_guidance_scale,
-            default_negative=default_negative,
-        )
+        self.register_to_config(**defaults)
+        if any(value is not None for value in given.values()):
+            self._note_defaults()
         self.image_processor = VaeImageProcessor()
         self._interrupt = False
-        self._guidance_scale = default_guidance_scale
+        self._guidance_scale = defaults["default_guidance_scale"]
         self._num_timesteps = 0
 
     # ---- drawing -----------------------------------------------------------------------------------------------
@@ -170,39 +203,40 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        guidance = self._guidance_of(guidance_scale)
-        check_settings(output_type, num_images_per_prompt, steps, guidance)
-        check_callback_names(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        check_vector_options(vector_kwargs or {})
+        steps = check_count("num_inference_steps", steps)
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
+        guidance, eta = self._guidance_of(guidance_scale), check_eta(eta)
+        check_output_type(output_type)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        vector_kwargs = check_vector_options(vector_kwargs)
         positive = self._check_positive(prompt, image_vectors)
-        negative = self._check_negative(negative_prompt, negative_image_vectors, len(positive), guidance)
+        negative = self._check_negative(negative_prompt, negative_image_vectors, positive, guidance)
         height, width = picture_size(self.unet, self.vae, height, width)
-        sizes = (original_size or (height, width), crops_coords_top_left, target_size or (height, width))
-        time_ids = self._time_ids(*sizes)
-        num_samples = len(positive) * num_images_per_prompt
-        generator = check_generators(generator, num_samples)
+        sizes = (original_size, crops_coords_top_left, target_size)
+        time_ids = self._time_ids(*((height, width) if size is None else size for size in sizes))
+        num_samples, device = len(positive) * num_images_per_prompt, self._execution_device
+        generator = check_generators(generator, num_samples, device)
         factor = vae_scale_factor(self.vae)
         shape = (num_samples, self.unet.config.in_channels, height // factor, width // factor)
         check_latents(latents, shape)
-        device = self._execution_device
-        schedule, steps = set_timesteps(self.scheduler, steps, device, timesteps, sigmas)
+        scheduler, (schedule, steps) = self._plan(steps, device, timesteps, sigmas)
 
-        self._interrupt = False
-        self._guidance_scale = guidance
-        vector_kwargs = vector_kwargs or {}
-        # first all vectors, then all latents: the order in which a picture's generator is used
-        vectors = self._vectors(positive, num_images_per_prompt, generator, vector_kwargs).to(device)
-        if guidance > 1:
-            negative = self._negative_vectors(negative, vectors, vector_kwargs).to(device)
+        with self._one_call(scheduler, guidance, len(schedule)):
+            # first all vectors, then all latents: the order in which a picture's generator is used
+            vectors = self._vectors(positive, num_images_per_prompt, generator, vector_kwargs).to(device)
+            if guidance > 1:
+                negative = self._negative_vectors(negative, vectors, vector_kwargs).to(device)
 
-        latents = start_latents(self.scheduler, shape, generator, device, latents)
-        tensors = {"latents": latents, "image_vectors": vectors, "negative_image_vectors": negative}
-        options = step_options(self.scheduler, eta, generator)
-        names = callback_on_step_end_tensor_inputs
-        images = self._denoise(tensors, schedule, steps, options, time_ids, callback_on_step_end, names)
-        if output_type != "latent":
-            images = self.image_processor.postprocess(decode_latents(self.vae, images), output_type=output_type)
-        self.maybe_free_model_hooks()
+            latents = start_latents(scheduler, shape, generator, device, latents)
+            tensors = {"latents": latents, "image_vectors": vectors, "negative_image_vectors": negative}
+            options = step_options(scheduler, eta, generator)
+            names = callback_on_step_end_tensor_inputs
+            images = self._denoise(tensors, schedule, steps, options, time_ids, callback_on_step_end, names)
+            images = check_finite("the denoised latents", images, self._advice(guidance))
+            if output_type != "latent":
+                images = check_finite("the decoded pixels", decode_latents(self.vae, images), self._advice(guidance))
+                images = self.image_processor.postprocess(images, output_type=output_type)
+            self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
@@ -224,14 +258,9 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         if wrong := {"prompt", "negative_prompt", "image_vectors"} & set(kwargs):
             raise ValueError(f"reconstruct takes no {', '.join(sorted(wrong))}: the pictures say what to draw.")
         model, processor = self._require_language_model("reconstruct pictures")
-        pixels = processor(gen_images=image, return_tensors="pt")["gen_pixel_values"].to(self._execution_device)
         check_decoder(self.unet, self.vae, model.config.gen_vector_size, "vision_language_model")
-        check_generators(kwargs.get("generator"), len(pixels) * kwargs.get("num_images_per_prompt", 1))
-        _run_offload_hook(model)
-        vectors = model.encode_gen_images(pixels)
-        is_guided = self._guidance_of(kwargs.get("guidance_scale")) > 1
-        if negative_image_vectors is None and is_guided and self.config.default_negative == "empty":
-            negative_image_vectors = model.encode_gen_images(torch.zeros_like(pixels[:1]))
+        pixels = processor(gen_images=image, return_tensors="pt")["gen_pixel_values"].to(self._execution_device)
+        vectors: Any = PicturesToEncode(model, pixels)
         return self(image_vectors=vectors, negative_image_vectors=negative_image_vectors, **kwargs)
 
     @torch.no_grad()
@@ -254,8 +283,9 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
             (B * num_images_per_prompt, M, Dg), prompt by prompt, in the model's dtype.
         """
         prompts = prompt_list("prompt", prompt)
-        generator = check_generators(generator, len(prompts) * num_images_per_prompt)
-        check_vector_options(vector_kwargs)
+        num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
+        generator = check_generators(generator, len(prompts) * num_images_per_prompt, self._execution_device)
+        vector_kwargs = check_vector_options(vector_kwargs)
         model, _ = self._require_language_model("draw from a prompt")
         is_random = model.config.gen_head_type == "flow"  # the other heads return the same vectors every time
         if is_random:
@@ -265,6 +295,8 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         inputs = self._prompt_inputs(prompts).to(self._execution_device)
         _run_offload_hook(model)
         vectors = model.generate(**inputs, generation_mode="image", **vector_kwargs)
+        advice = "Lower image_temperature, or load the language model with torch_dtype=torch.float32."
+        check_finite("the vectors of the language model", vectors, advice)
         return vectors if is_random else vectors.repeat_interleave(num_images_per_prompt, dim=0)
 
     def _prompt_inputs(self, prompts: list[str]):
@@ -280,15 +312,17 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         )
 
     def _vectors(
-        self, positive: list[str] | Tensor, num_images_per_prompt: int, generator: Generators, vector_kwargs: dict
+        self, positive: Any, num_images_per_prompt: int, generator: Generators, vector_kwargs: dict
     ) -> Tensor:
-        """Prompts or given vectors as (B * num_images_per_prompt, M, Dg)."""
+        """Prompts, pictures or given vectors as (B * num_images_per_prompt, M, Dg)."""
         if isinstance(positive, list):
             return self.encode_prompt(positive, num_images_per_prompt, generator, **vector_kwargs)
+        if isinstance(positive, PicturesToEncode):
+            positive = positive.encode()
         return positive.repeat_interleave(num_images_per_prompt, dim=0)
 
-    def _negative_vectors(self, negative: list[str] | Tensor | None, vectors: Tensor, vector_kwargs: dict) -> Tensor:
-        """Negative prompts, given vectors or zeros, one row for each of `vectors`."""
+    def _negative_vectors(self, negative: Any, vectors: Tensor, vector_kwargs: dict) -> Tensor:
+        """Negative prompts, a picture, given vectors or zeros, one row for each of `vectors`."""
         if negative is None:
             return torch.zeros_like(vectors)
         if isinstance(negative, list):
@@ -297,7 +331,7 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
                 vector_kwargs = {**vector_kwargs, "image_temperature": 0.0}
             encoded = self.encode_prompt(negative, **vector_kwargs)
         else:
-            encoded = negative
+            encoded = negative.encode() if isinstance(negative, PicturesToEncode) else negative
         if encoded.shape[1] != vectors.shape[1]:
             raise ValueError(
                 f"negative_image_vectors have {encoded.shape[1]} vectors per picture and image_vectors "
@@ -316,10 +350,10 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         callback_names: Sequence[str],
     ) -> Tensor:
         """The loop over timesteps; `tensors` are what the callback may see and replace."""
+        scheduler = self.scheduler
         # flow-matching schedulers have no scale_model_input
-        scale = getattr(self.scheduler, "scale_model_input", lambda latents, timestep: latents)
-        num_warmup_steps = max(len(timesteps) - num_steps * self.scheduler.order, 0)
-        self._num_timesteps = len(timesteps)
+        scale = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)
+        num_warmup_steps = max(len(timesteps) - num_steps * scheduler.order, 0)
         with self.progress_bar(total=num_steps) as progress_bar:
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
@@ -333,41 +367,42 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
                     self.guidance_scale,
                     time_ids,
                 )
-                tensors["latents"] = self.scheduler.step(
+                tensors["latents"] = scheduler.step(
                     output, timestep, tensors["latents"], **options, return_dict=False
                 )[0]
                 if callback is not None:
                     seen = {name: tensors[name] for name in callback_names}
-                    tensors.update(callback(self, step, timestep, seen) or {})
-                is_full_step = step + 1 > num_warmup_steps and (step + 1) % self.scheduler.order == 0
+                    tensors.update(check_callback_result(callback(self, step, timestep, seen), tensors))
+                is_full_step = step + 1 > num_warmup_steps and (step + 1) % scheduler.order == 0
                 if is_full_step or step == len(timesteps) - 1:
                     progress_bar.update()
         return tensors["latents"]
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
-
     # ---- checking ----------------------------------------------------------------------------------------------
 
     def _guidance_of(self, guidance_scale: float | None) -> float:
-        return self.config.default_guidance_scale if guidance_scale is None else guidance_scale
+        return check_guidance(self.config.default_guidance_scale if guidance_scale is None else guidance_scale)
 
-    def _check_positive(self, prompt: str | list[str] | None, image_vectors: Tensor | None) -> list[str] | Tensor:
-        """What to draw: a list of prompts, or vectors; either way it fits the decoder."""
+    def _plan(self, steps: int, device: torch.device, timesteps: Any, sigmas: Any) -> tuple[Any, tuple[Tensor, int]]:
+        """A scheduler of this call's own that fits the U-Net, and its timesteps and number of steps."""
+        check_scheduler(self.scheduler, getattr(self.unet, "_trained_prediction", None))
+        if self.vae is not None:
+            check_vae_config(self.vae.config, "vae")
+        planned = self._planned_scheduler(lambda own: set_timesteps(own, steps, device, timesteps, sigmas))
+        check_plan(planned[0])
+        return planned
+
+    def _advice(self, guidance_scale: float) -> str:
+        given = f"Lower guidance_scale ({guidance_scale:g}), use smaller image_vectors, latents or sigmas"
+        is_half = self.unet.dtype in (torch.float16, torch.bfloat16)
+        other = "load the decoder with torch_dtype=torch.float32" if is_half else "another scheduler"
+        return f"{given}, or {other}."
+
+    def _check_positive(self, prompt: str | list[str] | None, image_vectors: Any) -> Any:
+        """What to draw: a list of prompts, vectors, or pictures to encode; either way it fits the decoder."""
         check_one_given("prompt", "image_vectors", (prompt, image_vectors))
+        if isinstance(image_vectors, PicturesToEncode):
+            return image_vectors
         if image_vectors is not None:
             self._check_vectors("image_vectors", image_vectors)
             return image_vectors
@@ -377,9 +412,9 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         return prompts
 
     def _check_negative(
-        self, prompt: str | list[str] | None, vectors: Tensor | None, num_rows: int, guidance_scale: float
-    ) -> list[str] | Tensor | None:
-        """What guidance leads away from: prompts still to encode, vectors, or None for zeros or without guidance."""
+        self, prompt: str | list[str] | None, vectors: Tensor | None, positive: Any, guidance_scale: float
+    ) -> Any:
+        """What guidance leads away from: prompts or a picture to encode, vectors, or None for zeros or no guidance."""
         check_one_given("negative_prompt", "negative_image_vectors", (prompt, vectors), needs_one=False)
         if guidance_scale <= 1:
             if prompt is not None or vectors is not None:
@@ -387,12 +422,14 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
             return None
         if vectors is not None:
             self._check_vectors("negative_image_vectors", vectors)
-            check_rows("negative_image_vectors", len(vectors), num_rows)
+            check_rows("negative_image_vectors", len(vectors), len(positive))
             return vectors
         if prompt is None and self.config.default_negative == "zeros":
             return None
+        if isinstance(positive, PicturesToEncode):
+            return positive.of_nothing()
         prompts = prompt_list("negative_prompt", "" if prompt is None else prompt)
-        check_rows("negative_prompt", len(prompts), num_rows)
+        check_rows("negative_prompt", len(prompts), len(positive))
         self._require_language_model("encode the negative prompt (or pass negative_image_vectors=)")
         return prompts
 
@@ -413,7 +450,8 @@ class PiscesPipeline(PipelineLoadingMixin, DiffusionPipeline):
         )
         if self.unet.config.addition_embed_type != "text_time":
             return None
-        return torch.tensor([*original_size, *crops_coords_top_left, *target_size], device=self._execution_device)
+        numbers = [int(value) for value in (*original_size, *crops_coords_top_left, *target_size)]
+        return torch.tensor(numbers, device=self._execution_device)
 
     def _require_language_model(self, purpose: str) -> tuple[Any, Any]:
         if self.vision_language_model is None or self.processor is None:

@@ -37,9 +37,10 @@ from .processing_inputs_pisces import (
     flatten,
 )
 
+
 # Padding and truncation are state of a fast tokenizer: set, then used, so threads get each other's. One lock for the
-# process, because a lock inside a processor could be neither copied nor saved. A row of text takes 0.6 ms; eight threads
-# with a 512 px picture each take 15 % longer, as pictures that come with text are prepared under it too.
+# process, because a lock inside a processor could be neither copied nor saved. A row of text takes 0.6 ms; eight
+# threads with a 512 px picture each take 15 % longer, as pictures that come with text are prepared under it too.
 TOKENIZER_LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a worker forked while another thread tokenizes must not wait for that thread
     os.register_at_fork(after_in_child=TOKENIZER_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
