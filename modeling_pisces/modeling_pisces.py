@@ -437,6 +437,11 @@ def _stack(features: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
 
 
 def _scatter(inputs_embeds: torch.Tensor, mask: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    if vectors.shape[-1] != inputs_embeds.shape[-1]:  # masked_scatter would fill the mask across vectors
+        raise ValueError(
+            f"image vectors have width {vectors.shape[-1]}, but this language model takes {inputs_embeds.shape[-1]}. "
+            "They were encoded by another model; an assistant_model that shall see images needs the same width."
+        )
     vectors = vectors.to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(mask.unsqueeze(-1), vectors)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.fixtures import make_model, make_processor
+from tests.fixtures import make_config, make_model, make_processor
 
 
 def ask_about_a_picture(num_pictures: int = 1) -> dict:
@@ -46,3 +46,13 @@ def test_prompt_lookup_about_a_picture_equals_greedy_search():
     greedy = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     looked_up = model.generate(**inputs, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=2)
     assert torch.equal(looked_up, greedy)
+
+
+@pytest.mark.parametrize("width", [24, 48])
+def test_images_encoded_for_another_width_are_refused_by_both_widths(width):
+    """As an assistant of another width gets them from transformers 5.19 on; narrower ones would be filled askew."""
+    text_config = make_config().text_config.to_dict() | {"hidden_size": width, "head_dim": width // 4}
+    inputs, other = ask_about_a_picture(), make_model(1, text_config=text_config)
+    encoded = {"image": make_model().get_image_features(inputs["pixel_values"], return_dict=True)}
+    with pytest.raises(ValueError, match=rf"have width 32, but this language model takes {width}.*assistant_model"):
+        other(input_ids=inputs["input_ids"], mm_encoder_outputs=encoded)
