@@ -16,6 +16,7 @@ def check_picture_sizes(folder: Path, processor: Any, config: Any) -> None:
     Raises:
         ValueError: one of them cannot, or makes pictures of another size.
     """
+    path = folder / "processor_config.json"
     for name, tower in (("image_processor", "vision_config"), ("gen_image_processor", "gen_vision_config")):
         image_processor, tower_config = getattr(processor, name, None), getattr(config, tower, None)
         side = getattr(tower_config, "image_size", None)
@@ -26,12 +27,11 @@ def check_picture_sizes(folder: Path, processor: Any, config: Any) -> None:
                 image_processor(images=Image.new("RGB", (side, side)), return_tensors="pt").pixel_values.shape
             )
         except Exception as error:  # whatever PIL, numpy and transformers say of a setting that they cannot use
-            raise ValueError(
-                f"{folder / 'processor_config.json'}: {name} cannot prepare a picture ({error})."
-            ) from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: {name} cannot prepare a picture ({reason}). Repair it.") from error
         if shape != (1, 3, side, side):
             raise ValueError(
-                f"{folder / 'processor_config.json'}: {name} makes pictures of shape {shape[1:]}, but {tower} in "
+                f"{path}: {name} makes pictures of shape {shape[1:]}, but {tower} in "
                 f"config.json takes {(3, side, side)}. Give the checkpoint its own image processor."
             )
 

@@ -102,7 +102,8 @@ def find_fault(change: Change) -> str | None:
             return None
         if code != 2 or len(lines) != 1 or not lines[0].startswith("pisces: error: "):
             return f"exit code {code}, {err.strip()[-600:]}"
-        return None if str(folder) in lines[0] else f"does not say where: {lines[0]}"
+        setting = next(name for name in reversed(change.path) if isinstance(name, str)).removeprefix("default_")
+        return None if str(folder) in lines[0] or setting in lines[0] else f"does not say where: {lines[0]}"
 
 
 def main_of_all() -> int:
