@@ -50,6 +50,7 @@ from .pipeline_checks_pisces import (
     prompt_list,
 )
 from .pipeline_loading_pisces import PipelineLoadingMixin
+from .pipeline_lora_pisces import DecoderLoraMixin
 from .scheduler_checks_pisces import check_plan, check_scheduler, check_vae_config
 
 
@@ -75,7 +76,7 @@ class PicturesToEncode:
         return PicturesToEncode(self.model, torch.zeros_like(self.pixels[:1]))
 
 
-class PiscesPipeline(PipelineLoadingMixin, PipelineCallMixin, DiffusionPipeline):
+class PiscesPipeline(PipelineLoadingMixin, PipelineCallMixin, DecoderLoraMixin, DiffusionPipeline):
     """Draws pictures with a Pisces checkpoint: language model -> image vectors -> diffusion decoder.
 
     Args:
@@ -95,7 +96,7 @@ class PiscesPipeline(PipelineLoadingMixin, PipelineCallMixin, DiffusionPipeline)
 
     What diffusers calls `prompt_embeds` and `negative_prompt_embeds` are `image_vectors` and `negative_image_vectors`
     here: `encode_prompt` returns them, and a call takes them in place of a prompt. Several threads may draw with one
-    pipeline.
+    pipeline. LoRA adapters of the U-Net are loaded with `load_lora_weights`.
 
     Example:
         >>> pipe = PiscesPipeline.from_pretrained("./pisces-tiny")
