@@ -119,6 +119,8 @@ def _refuse_adapters(model: Any, name: str, advice: str) -> None:
 class PipelineLoadingMixin(Base):
     """`from_pretrained`, `save_pretrained` and what they need; to be inherited before `DiffusionPipeline`."""
 
+    _attach_when_named: bool  # set by the pipeline's constructor
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, load_language_model: bool = True, **kwargs
@@ -198,8 +200,11 @@ class PipelineLoadingMixin(Base):
         if source is None or not hasattr(self, "_attach_when_named"):
             return
         hub_options = source_of_decoder(source, self.unet)
-        if hub_options is not None and not hasattr(self.unet, "_trained_prediction"):
-            self.unet._trained_prediction = trained_prediction(source, **hub_options)
+        is_own = os.path.realpath(self.unet.config.get("_name_or_path") or "") == os.path.realpath(f"{source}/unet")
+        if (is_own or hub_options) and not hasattr(
+            self.unet, "_trained_prediction"
+        ):  # a U-Net given by hand may differ
+            self.unet._trained_prediction = trained_prediction(source, **(hub_options or {}))
         if not self._attach_when_named or self.vision_language_model is not None:
             return
         self._attach_when_named = False

@@ -44,7 +44,7 @@ def load(folder, **kwargs) -> PiscesPipeline:
     return pipe
 
 
-def test_saving_writes_the_decoder_only(checkpoint):
+def test_the_index_names_the_decoder_only(checkpoint):
     index = json.loads((checkpoint / "model_index.json").read_text())
     assert index["vision_language_model"] == index["processor"] == [None, None]
     assert index["default_num_inference_steps"] == 2
@@ -157,6 +157,19 @@ assert "modeling_pisces" not in sys.modules and type(pipe).__module__.startswith
 pipe.set_progress_bar_config(disable=True)
 images = pipe("a", generator=[torch.Generator().manual_seed(0)], output_type="pt").images
 print("sum", images.double().sum().item())
+again = type(pipe)(**pipe.components)
+assert again.config.default_num_inference_steps == 2, again.config
+pipe.save_pretrained("saved")
+saved = DiffusionPipeline.from_pretrained("saved", trust_remote_code=True)
+saved.set_progress_bar_config(disable=True)
+images = saved("a", generator=[torch.Generator().manual_seed(0)], output_type="pt").images
+print("again", images.double().sum().item())
+saved.scheduler = type(saved.scheduler).from_config(saved.scheduler.config, prediction_type="sample")
+try:
+    saved("a")
+except ValueError as error:
+    print("refused", error)
+assert saved.get_list_adapters() == {}
 decoder = DiffusionPipeline.from_pretrained(source, trust_remote_code=True, load_language_model=False, **options)
 print("model", decoder.vision_language_model)
 """
@@ -181,9 +194,11 @@ def test_remote_code_draws_the_same_in_a_process_without_the_package(checkpoint,
         [sys.executable, "-I", "-c", REMOTE, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    printed = dict(line.split(" ", 1) for line in result.stdout.splitlines() if line.startswith(("sum ", "model ")))
+    printed = dict(line.split(" ", 1) for line in result.stdout.splitlines() if " " in line)
     expected = draw(make_full_pipeline(), "a", generator=seeds(0)).double().sum().item()
     assert float(printed["sum"]) == pytest.approx(expected, abs=1e-4)
+    assert float(printed["again"]) == pytest.approx(expected, abs=1e-4)
+    assert "this U-Net was trained to predict 'epsilon'" in printed["refused"]
     assert printed["model"] == "None"
 
 
@@ -194,3 +209,74 @@ def test_exported_folder_and_hub_id_load_here_without_trusting_code(checkpoint, 
     hub_cache(folder, tmp_path / "cache")
     pipe = load("org/pisces-tiny", cache_dir=tmp_path / "cache", local_files_only=True)
     torch.testing.assert_close(draw(pipe, "a", generator=seeds(0)), expected, **CLOSE)
+
+
+def test_saving_writes_language_model_and_processor_too_and_nothing_twice(tmp_path):
+    pipe = make_full_pipeline(gen_head_type="flow")
+    with torch.no_grad():  # as a merged adapter would
+        for weight in pipe.vision_language_model.model.gen_head.parameters():
+            weight.add_(0.1)
+    pipe.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    torch.testing.assert_close(*(draw(one, "a", generator=seeds(0)) for one in (pipe, again)), **CLOSE)
+    weights = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors"))
+    assert weights == [
+        "model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    again.save_pretrained(tmp_path)  # over itself, from files that are mapped into memory
+    torch.testing.assert_close(
+        draw(load(tmp_path), "a", generator=seeds(0)), draw(pipe, "a", generator=seeds(0)), **CLOSE
+    )
+
+
+def test_saving_can_leave_the_language_model_out(tmp_path):
+    make_full_pipeline().save_pretrained(tmp_path, save_language_model=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model_index.json", "scheduler", "unet", "vae"]
+
+
+def test_saving_in_shards_reaches_both_layouts(tmp_path):
+    make_full_pipeline().save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    expected = draw(make_full_pipeline(), "a", generator=seeds(0))
+    torch.testing.assert_close(draw(load(tmp_path), "a", generator=seeds(0)), expected, **CLOSE)
+
+
+def test_pushing_uploads_the_whole_folder(tmp_path, monkeypatch):
+    from diffusers.pipelines import pipeline_utils
+
+    uploaded = {}
+
+    class Repository:
+        repo_id = "org/name"
+
+    def upload(self, folder, repo_id, **kwargs):
+        uploaded[repo_id] = {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+
+    class Card:
+        def save(self, path):
+            Path(path).write_text("card")
+
+    monkeypatch.setattr(pipeline_utils, "create_repo", lambda *args, **kwargs: Repository)
+    monkeypatch.setattr(pipeline_utils, "load_or_create_model_card", lambda *args, **kwargs: Card())
+    monkeypatch.setattr(pipeline_utils, "populate_model_card", lambda card: card)
+    monkeypatch.setattr(PiscesPipeline, "_upload_folder", upload)
+    make_full_pipeline().save_pretrained(tmp_path / "name", push_to_hub=True)
+    files = uploaded["org/name"]
+    assert {"model.safetensors", "config.json", "model_index.json", "processor_config.json", "README.md"} <= files
+    assert "unet/diffusion_pytorch_model.safetensors" in files
+
+
+def test_parts_that_could_not_be_read_again_are_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = make_full_pipeline()
+    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+    pipe.vision_language_model = peft.get_peft_model(pipe.vision_language_model, config)
+    with pytest.raises(ValueError, match=r"vision_language_model carries the adapter default, .* merge it"):
+        pipe.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file: this is a file. Give a folder to save the pipeline in"):
+        make_pipeline().save_pretrained(tmp_path / "file")
