@@ -11,6 +11,7 @@ IMAGE ?=
 QUESTION ?=
 PROMPT ?=
 SEED ?= 0
+DIFFUSERS ?=
 OUTPUT ?= outputs
 TESTS ?= tests
 WORKERS ?= 2
@@ -75,9 +76,11 @@ test-newest: $(INSTALLED) ## the fast tests on the newest releases of the index,
 	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	@$(BIN)/python tests/newest.py --python .venv-newest/bin/python --workers $(WORKERS) $(TESTS)
 
-test-mixins: $(INSTALLED) ## the common tests of transformers and PEFT on our classes (SOURCE= a checkout of transformers runs more)
-	@$(BIN)/python tests/mixins/run_mixins.py $(if $(SOURCE),--source $(call quoted,$(SOURCE)))
-	@$(BIN)/python tests/mixins/run_peft_mixins.py
+test-mixins: $(INSTALLED) ## the common tests of transformers, PEFT and diffusers on our classes (SOURCE=, DIFFUSERS= checkouts run more)
+	@status=0; $(BIN)/python tests/mixins/run_mixins.py $(if $(SOURCE),--source $(call quoted,$(SOURCE))) || status=$$?; \
+		$(BIN)/python tests/mixins/run_peft_mixins.py || status=$$?; \
+		$(BIN)/python tests/mixins/run_diffusers_mixins.py $(if $(DIFFUSERS),--source $(call quoted,$(DIFFUSERS))) \
+		|| status=$$?; exit $$status
 
 test-clients: .venv-clients/.installed ## `transformers serve` asked about pictures through the OpenAI client, on this machine only
 	@rm -rf .venv-clients/export

@@ -197,7 +197,7 @@ class PipelineLoadingMixin(Base):
         """
         super().register_to_config(**kwargs)
         source = kwargs.get("_name_or_path")
-        if source is None or not hasattr(self, "_attach_when_named"):
+        if source is None or not hasattr(self, "_attach_when_named") or self.unet is None:
             return
         hub_options = source_of_decoder(source, self.unet)
         is_own = os.path.realpath(self.unet.config.get("_name_or_path") or "") == os.path.realpath(f"{source}/unet")
@@ -223,7 +223,8 @@ class PipelineLoadingMixin(Base):
         return super().components
 
     def _note_defaults(self) -> None:
-        self.unet._pipeline_defaults = {name: self.config[name] for name in DEFAULTS}
+        if self.unet is not None:  # diffusers builds pipelines of the text half alone, to encode prompts with
+            self.unet._pipeline_defaults = {name: self.config[name] for name in DEFAULTS}
 
     def _resolved_defaults(self, unet: Any, **given: Any) -> dict[str, Any]:
         """Each default: as given, else as the U-Net came with, else the usual one."""

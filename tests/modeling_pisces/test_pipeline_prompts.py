@@ -24,6 +24,16 @@ def test_prompt_draws_the_same_as_its_precomputed_vectors():
     assert not torch.allclose(from_prompt[0], from_prompt[1], atol=1e-3)
 
 
+def test_prompts_are_encoded_without_a_decoder_and_drawn_without_a_language_model():
+    pipe = make_full_pipeline()
+    parts = {"vision_language_model": pipe.vision_language_model, "processor": pipe.processor}
+    text_half = PiscesPipeline(unet=None, scheduler=None, **parts)
+    decoder = PiscesPipeline.from_pipe(pipe, vision_language_model=None, processor=None)
+    decoder.set_progress_bar_config(disable=True)
+    encoded = {"image_vectors": text_half.encode_prompt("a"), "negative_image_vectors": text_half.encode_prompt("")}
+    assert torch.equal(draw(decoder, **encoded, generator=seeds(0)), draw(pipe, "a", generator=seeds(0)))
+
+
 def test_encoded_prompt_is_what_the_model_draws_itself():
     pipe = make_full_pipeline()
     messages = [{"role": "user", "content": "a red cube"}]
