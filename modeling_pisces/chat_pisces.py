@@ -267,7 +267,7 @@ def _render(inputs: ChatInputs, settings: dict) -> tuple[list[str], list]:
                 **inputs.variables,
             )
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
-            reason = one_line(error, 300) or type(error).__name__
+            reason = f"{type(error).__name__}: {one_line(error, 300)}"
             raise ValueError(f"row {row}: the chat template cannot write this conversation ({reason}).") from error
         if find_surrogate(rendered[0]) is not None:
             raise ValueError(f"row {row}: half of a character (a lone surrogate) in what the template wrote.")

@@ -54,7 +54,8 @@ def _attempt(render: Callable[[], str]) -> str:
     except MemoryError:
         return f"it needs more than {MAX_MEMORY_BYTES // 2**20} MiB"
     except Exception as error:  # whatever a template raises, jinja's own errors and Python's
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]
+        cause = error.__cause__ or error  # the processor names the row, which says nothing of a probe
+        return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:2000].rstrip(".")
 
 
 def _in_child(render: Callable[[], str]) -> str:
