@@ -35,6 +35,7 @@ from .placeholders_pisces import (
     check_packed_inputs,
     check_placeholder_runs,
     find_sample_starts,
+    is_row_mask,
     num_ids,
     placeholder_mask,
 )
@@ -375,8 +376,9 @@ class PiscesModel(PiscesPreTrainedModel):
         )
         cache = one_cache(past_key_values, cache)
         starts = find_sample_starts(position_ids, attention_mask)
-        if starts is not None and cache is not None and int(cache.get_seq_length()) > 0:
-            starts = None  # goes on after other tokens
+        is_own_mask = attention_mask is not None and not is_row_mask(attention_mask)
+        if starts is not None and cache is not None and (is_own_mask or int(cache.get_seq_length()) > 0):
+            starts = None  # goes on after other tokens, or generate has made the mask, of rows that may be padded
         if starts is not None:
             check_packed_inputs(starts, attention_mask, kwargs.get("use_cache"), cache)
         is_packed = starts is not None and attention_mask is None

@@ -104,7 +104,7 @@ def check_mask(mask: torch.Tensor | None, name: str = "attention_mask", *, ends_
     Raises:
         ValueError: other values than 0 and 1, rows that are padding only, or padding on the right; by row.
     """
-    if mask is None or mask.ndim != 2 or not _is_checked(mask, True):
+    if not is_row_mask(mask) or not _is_checked(mask, True):
         return
     check_mask_values(mask, name)
     if rows := (~mask.bool().any(-1)).nonzero().flatten().tolist():
@@ -142,8 +142,13 @@ def check_forward_inputs(
     width = config.gen_vector_size if config.has_generation else None
     check_vectors("gen_image_vectors", others["gen_image_vectors"], width=width)
     mask = others["attention_mask"]
-    if mask is not None and mask.ndim == 2 and _is_checked(mask, False):
+    if is_row_mask(mask) and _is_checked(mask, False):
         check_mask_values(mask)
+
+
+def is_row_mask(mask) -> bool:
+    """Whether this is a (B, T) mask; others say themselves who sees whom, also as one mask for each kind of layer."""
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2
 
 
 def num_ids(embed: nn.Module, config) -> int:
@@ -202,7 +207,7 @@ def find_sample_starts(
     """
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] < 2 or is_tracing():
         return None
-    if attention_mask is None or attention_mask.shape != position_ids.shape:
+    if not is_row_mask(attention_mask) or attention_mask.shape != position_ids.shape:
         starts = nn.functional.pad(position_ids[:, 1:] == 0, (1, 0))
     else:
         real = attention_mask.to(position_ids.device).bool()
@@ -231,7 +236,7 @@ def check_packed_inputs(
     Raises:
         ValueError: a 2-D mask or a cache was given, or a cache asked for.
     """
-    if attention_mask is not None and attention_mask.ndim != 2:
+    if attention_mask is not None and not is_row_mask(attention_mask):
         return
     if attention_mask is None and not use_cache and cache is None:
         return
