@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 
-FILES = sorted((Path(__file__).parent / "mixins").glob("mixin_*.py"))
+FILES = sorted((Path(__file__).parent / "mixins").glob("*.py"))
 SKIPS = {"skip": 0, "skipIf": 1, "skipUnless": 1, "skipTest": 0}  # the position of the reason
 
 
@@ -20,6 +20,15 @@ def constants_of(tree: ast.Module) -> dict[str, str]:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     }
+
+
+def chosen_reasons(tree: ast.Module, name: str) -> list[tuple[int, str]]:
+    """(line, reason) of each text that a function of the module returns, if its result is put into `name`."""
+    calls = [n.value for n in ast.walk(tree) if isinstance(n, ast.NamedExpr) and n.target.id == name]
+    functions = {getattr(call.func, "id", None) for call in calls if isinstance(call, ast.Call)}
+    bodies = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in functions]
+    returns = [node for body in bodies for node in ast.walk(body) if isinstance(node, ast.Return)]
+    return [(n.lineno, n.value.value) for n in returns if isinstance(getattr(n.value, "value", None), str)]
 
 
 def reasons_in(text: str) -> list[tuple[int, str]]:
@@ -39,8 +48,10 @@ def reasons_in(text: str) -> list[tuple[int, str]]:
         given = [keyword.value for keyword in node.keywords if keyword.arg in ("reason", "msg")]
         given += node.args[SKIPS[name] : SKIPS[name] + 1]
         reason = given[0] if given else None
-        if isinstance(reason, ast.Name):
-            found.append((node.lineno, names.get(reason.id, "")))
+        if isinstance(reason, ast.Name) and reason.id not in names:
+            found += chosen_reasons(tree, reason.id) or [(node.lineno, "")]
+        elif isinstance(reason, ast.Name):
+            found.append((node.lineno, names[reason.id]))
         else:
             found.append((node.lineno, reason.value if isinstance(reason, ast.Constant) else ""))
     return found

@@ -204,3 +204,24 @@ def test_any_other_submodule_is_found_under_its_own_name():
     assert model.get_submodule("model.gen_head") is model.model.gen_head
     with pytest.raises(AttributeError):
         model.get_submodule("embeddings.position_embeddings")
+
+
+@pytest.mark.parametrize("method", PROMPT_METHODS)
+def test_a_learned_prompt_answers_as_a_plain_loop_over_forward(method):
+    adapted = randomize(get_peft_model(make_confusable_model(), PROMPT_METHODS[method]()))
+    prompts = make_prompts()
+    prompts = {"input_ids": prompts["input_ids"][:1], "pixel_values": prompts["pixel_values"]}
+    ids = prompts["input_ids"]
+    for _ in range(5):
+        with torch.no_grad():
+            logits = adapted(
+                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompts["pixel_values"]
+            ).logits
+        scores = logits[:, -1].clone()
+        scores[:, [IMAGE, GEN, START, END]] = -torch.inf
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 319}
+    answer = adapted.generate(**prompts, attention_mask=torch.ones_like(prompts["input_ids"]), **settings)
+    assert torch.equal(answer[:, -5:], ids[:, -5:])
+    plain = make_confusable_model().generate(**prompts, **settings)
+    assert not torch.equal(answer[:, -5:], plain[:, -5:])
