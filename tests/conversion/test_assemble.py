@@ -435,6 +435,14 @@ def test_sampling_settings_that_had_no_effect_are_dropped(parts, own_part, tmp_p
     assert not settings.get("do_sample") and settings.get("temperature") is None and settings.get("top_p") is None
 
 
+def test_a_flagged_generation_config_of_the_language_model_keeps_its_values(parts, own_part, tmp_path):
+    folder = own_part("llama")
+    change_json(folder / "generation_config.json", _from_model_config=True, custom_setting=3)
+    assemble(understanding_of(parts, language_model=str(folder)), tmp_path / "pisces")
+    settings = json.loads((tmp_path / "pisces" / "generation_config.json").read_text())
+    assert "_from_model_config" not in settings and settings["custom_setting"] == 3
+
+
 def test_provenance_refuses_a_tensor_that_nobody_accounts_for(tmp_path):
     record = {"name": "model.mystery", "part": "new", "source": None, "dtype": "F32", "shape": [1], "sha256": ""}
     with pytest.raises(

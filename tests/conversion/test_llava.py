@@ -251,6 +251,21 @@ def test_pisces_own_generation_settings_do_not_reach_llava(tmp_path):
     assert "image_temperature" not in read_json(llava / "generation_config.json")
 
 
+@pytest.mark.parametrize("has_file", [True, False])
+def test_neither_direction_writes_the_flag_with_which_settings_are_lost(has_file, tmp_path):
+    source = write_llava(tmp_path / "llava")
+    path = source / "generation_config.json"
+    change_json(path, _from_model_config=True, max_new_tokens=7, custom_setting=3)
+    if not has_file:
+        path.unlink()
+    pisces = from_llava(str(source), tmp_path / "pisces")
+    for folder in (pisces, to_llava(pisces, tmp_path / "back")):
+        settings = read_json(folder / "generation_config.json")
+        assert "_from_model_config" not in settings
+        if has_file:
+            assert (settings["max_new_tokens"], settings["custom_setting"]) == (7, 3)
+
+
 # ---- the tower's final norm, which LLaVA does not read
 
 

@@ -101,6 +101,29 @@ def test_an_export_carries_no_flag_and_every_value(flagged, kind, tmp_path):
     assert FLAG not in settings and (settings["image_temperature"], settings["max_new_tokens"]) == (0.25, 7)
 
 
+def test_what_merging_and_quantizing_carry_along_has_no_flag_and_every_value(flagged, tmp_path):
+    from conversion.carried_files import carry_files
+
+    carry_files(flagged, tmp_path / "carried")
+    settings = read_settings(tmp_path / "carried")
+    assert FLAG not in settings and (settings["image_temperature"], settings["max_new_tokens"]) == (0.25, 7)
+
+
+@pytest.mark.parametrize(("head", "expected"), [("flow", 0.3), ("mlp", None)])
+def test_the_finished_pisces_tiny_ships_a_temperature_where_the_head_samples(head, expected, tmp_path):
+    pytest.importorskip("diffusers")
+    from finetune.tiny import finish
+    from tests.hub_folders import make_pipeline
+
+    set_values(make_model(gen_head_type=head), max_new_tokens=64).save_pretrained(tmp_path / "review")
+    make_processor().save_pretrained(tmp_path / "review")
+    make_pipeline().save_pretrained(tmp_path / "decoder")
+    finish(tmp_path / "review", tmp_path / "decoder", tmp_path / "finished")
+    assert FLAG not in read_settings(tmp_path / "finished")
+    loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path / "finished").generation_config
+    assert getattr(loaded, "image_temperature", None) == expected and loaded.max_new_tokens == 64
+
+
 def test_an_export_of_a_folder_without_the_file_carries_no_flag(flagged, tmp_path):
     from modeling_pisces.hub_pisces import export_to_folder
 
