@@ -45,6 +45,20 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_texts(pipeline: Any, texts: list[str]) -> None:
+    """Stop before the first drawing at a text that the model cannot take, not hours later when its turn comes.
+
+    Raises:
+        ValueError: naming the prompt's number, for a control token or half a character in it.
+    """
+    processor = getattr(pipeline, "processor", None)
+    for index, text in enumerate(texts if processor is not None else []):
+        try:
+            processor.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from error
+
+
 def describe_settings(arguments: argparse.Namespace, num_prompts: int, pipeline: Any) -> dict[str, Any]:
     """Everything that decides how a picture looks, with the checkpoint's defaults written out."""
     from modeling_pisces.decoder_pisces import picture_size
@@ -120,6 +134,7 @@ def draw(arguments: argparse.Namespace) -> int:
     prompts = load_prompts(arguments.prompts)
     texts = load_rewritten(arguments.rewritten, prompts) if arguments.rewritten else [item.text for item in prompts]
     pipeline = load_pipeline(arguments)
+    check_texts(pipeline, texts)
     settings = describe_settings(arguments, len(prompts), pipeline)
     keep_settings(arguments.output / "run.json", settings, describe_machine())
     mine = take_shard(list(zip(prompts, texts, strict=True)), shard)

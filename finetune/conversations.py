@@ -7,6 +7,7 @@ conversations into model inputs with labels. `finetune.train_stages` joins the t
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -202,14 +203,20 @@ class PiscesDataCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.processor.apply_chat_template(
-            [row["messages"] for row in rows],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            return_assistant_tokens_mask=True,
-            processor_kwargs={"text_kwargs": {"padding_side": "right"}},
-        )
+        try:
+            batch = self.processor.apply_chat_template(
+                [row["messages"] for row in rows],
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                return_assistant_tokens_mask=True,
+                processor_kwargs={"text_kwargs": {"padding_side": "right"}},
+            )
+        except ValueError as error:  # the processor counts the rows of this batch; the data knows them by their names
+            named = re.match(r"row (\d+)\b", str(error))
+            if named and (name := rows[int(named[1])].get("id")) is not None:
+                raise ValueError(f"data row {name}: {error}") from error
+            raise
         is_assistant = batch.pop("assistant_masks").bool()
         batch["labels"] = batch["input_ids"].masked_fill(~is_assistant, -100)
         return dict(batch)

@@ -241,7 +241,7 @@ class PiscesChatProcessor(ProcessorMixin):
 
 
 def _check_sanitizing(wanted: bool, tokenize: bool, processor_kwargs: dict | None) -> None:
-    if not isinstance(processor_kwargs or {}, dict):
+    if processor_kwargs is not None and not isinstance(processor_kwargs, dict):
         raise ValueError(f"processor_kwargs is a {type(processor_kwargs).__name__}, expected a dict of settings.")
     if wanted and not tokenize:
         raise ValueError(

@@ -238,7 +238,7 @@ def _first_difference(found: list[str], honest: list[str]) -> str:
 @functools.lru_cache(maxsize=16)
 def _endings(template: str, tokens: tuple[str, ...]) -> tuple[str, ...]:
     """How a text would have to begin to complete a token that a literal of the template begins (Phi-4-mini's '<|')."""
-    found = set()
+    found: set[str] = set()
     for match in re.finditer(r"['\"]|\{\{|\{%", template):
         literal = template[max(0, match.start() - 80) : match.start()]
         for start in range(len(literal)):
@@ -268,7 +268,7 @@ def _plain_tokenizer(
     settings |= {"truncation": None, "padding": None, "post_processor": None}
     copy = Tokenizer.from_str(json.dumps(settings))
     kept = {token["content"]: token["id"] for token in settings["added_tokens"] if secret not in token["content"]}
-    moved = {copy.token_to_id(content): index for content, index in kept.items()}
+    moved = {int(copy.token_to_id(content) or 0): index for content, index in kept.items()}
     anchor = next(token["content"] for token in settings["added_tokens"] if secret in token["content"])
     return copy, anchor, moved
 

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
 
-from .image_loading_pisces import decode_base64
+from .image_loading_pisces import decode_base64, one_line
 
 
 # Llama-3.1's headers. The markers {% generation %} enclose what the model itself writes, for assistant masks.
@@ -71,16 +71,16 @@ def normalize_conversations(conversation: Any) -> tuple[list[list[dict]], bool]:
     conversation = getattr(conversation, "messages", conversation)
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ValueError(
-            f"a conversation is a non-empty list of messages, not {conversation!r:.80}. "
+            f"a conversation is a non-empty list of messages, not {one_line(repr(conversation), 80)}. "
             'Write [{"role": "user", "content": "..."}].'
         )
     is_batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
-    rows = [getattr(row, "messages", row) for row in conversation] if is_batched else [conversation]
+    rows: list[Any] = [getattr(row, "messages", row) for row in conversation] if is_batched else [conversation]
     for index, row in enumerate(rows):
         if not isinstance(row, (list, tuple)) or not row:
             raise ValueError(
-                f"row {index}: a conversation is a non-empty list of messages, not {row!r:.80}. Leave the row out, or "
-                'write [{"role": "user", "content": "..."}].'
+                f"row {index}: a conversation is a non-empty list of messages, not {one_line(repr(row), 80)}. Leave "
+                'the row out, or write [{"role": "user", "content": "..."}].'
             )
     return [[_message(m, f"row {r}, turn {t}") for t, m in enumerate(row)] for r, row in enumerate(rows)], is_batched
 
@@ -97,7 +97,7 @@ def as_dict(value: Any) -> Any:
 def _message(message: Any, where: str) -> dict:
     message = as_dict(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{where}: a message is a dict with a role and a content, not {message!r:.80}.")
+        raise ValueError(f"{where}: a message is a dict with a role and a content, not {one_line(repr(message), 80)}.")
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
@@ -135,7 +135,7 @@ def _part(part: Any, where: str) -> dict:
         return part
     if part.get("type") not in ("image", "image_url"):
         raise ValueError(
-            f"{where}: part {part!r:.80} is neither text nor image. "
+            f"{where}: part {one_line(repr(part), 80)} is neither text nor image. "
             'Write {"type": "text", "text": ...} or {"type": "image", "image": ...}.'
         )
     sources = [key for key in _IMAGE_KEYS if key in part]

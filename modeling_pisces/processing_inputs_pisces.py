@@ -4,11 +4,14 @@ Pictures may come alone, as a flat list, as one list per row or as a batched arr
 together and refuses what does not fit, before a picture is opened. Only `processing_pisces` calls it.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from .image_loading_pisces import DEFAULT_MAX_PIXELS
+from huggingface_hub.errors import StrictDataclassError
+
+from .image_loading_pisces import DEFAULT_MAX_PIXELS, one_line
 
 
 PICTURE_NDIM = 3  # (H, W, C) or (C, H, W)
@@ -94,8 +97,11 @@ def call_setting(kwargs: dict, name: str) -> Any:
 def check_settings(kwargs: dict) -> None:
     """Refuse settings of one call that have the wrong form or that only `apply_chat_template` can follow."""
     for name, value in kwargs.items():
-        if name.endswith("_kwargs") and not isinstance(value or {}, dict):
+        if name.endswith("_kwargs") and value is not None and not isinstance(value, dict):
             raise ValueError(f"{name} is a {type(value).__name__}, expected a dict of settings: {name}={{...}}.")
+    length = call_setting(kwargs, "max_length")
+    if length is not None and (not isinstance(length, int) or length < 1):
+        raise ValueError(f"max_length={one_line(repr(length), 40)}: expected a whole number from 1.")
     if call_setting(kwargs, "sanitize_control_tokens"):
         raise ValueError(
             "sanitize_control_tokens belongs to apply_chat_template: a finished prompt does not say which of its "
@@ -109,11 +115,24 @@ def check_shapes(pictures: list, image_processor: Any, name: str) -> None:
     Raises:
         ValueError: naming the picture's number in reading order.
     """
-    size = getattr(image_processor, "size", None) or {}
+    size: Any = getattr(image_processor, "size", None)
     edge = size.get("shortest_edge") if hasattr(size, "get") else None
-    for index, picture in enumerate(pictures if edge and not size.get("longest_edge") else []):
+    if not edge or size.get("longest_edge"):
+        return
+    for index, picture in enumerate(pictures):
         if edge * edge * max(picture.size) // min(picture.size) > DEFAULT_MAX_PIXELS:
             raise ValueError(
                 f"{name} {index}: {picture.width} x {picture.height} pixels, too thin to be resized to a short side "
                 f"of {edge}. Cut out the part that matters."
             )
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What tokenizer and image processors say of settings that they cannot use, as one ValueError in one line."""
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+        if isinstance(error, ValueError) and str(error).isprintable():
+            raise
+        raise ValueError(f"a setting of this call cannot be used: {one_line(error, 300)}") from error

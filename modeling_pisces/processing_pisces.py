@@ -26,7 +26,7 @@ from transformers.utils import is_torchvision_available
 
 from .chat_pisces import GENERATION_MODES, PiscesChatProcessor
 from .conversations_pisces import default_chat_template, find_surrogate
-from .image_loading_pisces import load_image
+from .image_loading_pisces import load_image, one_line
 from .processing_inputs_pisces import (
     VECTORS_NDIM,
     call_setting,
@@ -35,6 +35,7 @@ from .processing_inputs_pisces import (
     check_shapes,
     expand_placeholders,
     flatten,
+    one_line_errors,
 )
 
 
@@ -170,13 +171,14 @@ class PiscesProcessor(PiscesChatProcessor):
         check_shapes(drawn, self.gen_image_processor, "gen_images")
         outputs = BatchFeature()
         if texts is not None or pictures:
-            with nullcontext() if texts is None else TOKENIZER_LOCK:
+            with nullcontext() if texts is None else TOKENIZER_LOCK, one_line_errors():
                 outputs = super().__call__(images=pictures or None, text=texts, **kwargs)
         if texts is not None:
             self._check_lengths(outputs, is_truncated=bool(call_setting(kwargs, "truncation")))
         if drawn:
             settings = {"return_tensors": call_setting(kwargs, "return_tensors"), **(gen_images_kwargs or {})}
-            outputs["gen_pixel_values"] = self.gen_image_processor(drawn, **settings)["pixel_values"]
+            with one_line_errors():
+                outputs["gen_pixel_values"] = self.gen_image_processor(drawn, **settings)["pixel_values"]
         if vectors:
             outputs["gen_image_vectors"] = self._stack_vectors(vectors)
         return outputs
@@ -196,7 +198,9 @@ class PiscesProcessor(PiscesChatProcessor):
             raise ValueError("nothing to process: give text, images, gen_images, or several of them.")
         if text is not None and not isinstance(text, str):
             if not isinstance(text, (list, tuple)) or not text or not all(isinstance(row, str) for row in text):
-                raise ValueError(f"text must be a string or a non-empty list of strings, not {text!r:.80}.")
+                raise ValueError(
+                    f"text must be a string or a non-empty list of strings, not {one_line(repr(text), 80)}."
+                )
         for row, prompt in enumerate([text] if isinstance(text, str) else text or []):
             if (place := find_surrogate(prompt)) is not None:
                 raise ValueError(
@@ -280,8 +284,17 @@ class PiscesProcessor(PiscesChatProcessor):
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         # truncation may cut either kind, or the token that opens or ends a drawing
-        drawing = ["gen_image", "gen_start", "gen_end"] if self.can_draw else []
-        super()._check_special_mm_tokens(text, text_inputs, [*modalities, *drawing])
+        names = ["image", *(["gen_image", "gen_start", "gen_end"] if self.can_draw else [])]
+        for row, (prompt, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=True)):
+            ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+            for name in names:
+                written = prompt.count(getattr(self, f"{name}_token"))
+                found = ids.count(getattr(self, f"{name}_token_id"))
+                if found != written:  # the opening words are transformers', which trainers and tests look for
+                    raise ValueError(
+                        f"Mismatch in `{name}` token count between text and `input_ids`. Row {row} has {written} in "
+                        f"its text, {found} in its ids: truncation cut it. Pass a larger max_length, or no truncation."
+                    )
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
         """Placeholders per understanding image; serving engines ask this before they see any pixels."""

@@ -72,6 +72,16 @@ def checkpoint(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
 
 
+def test_a_prompt_that_spells_a_control_token_stops_the_run_before_the_first_drawing(checkpoint, tmp_path, capsys):
+    spec = f"own:{write_lines(tmp_path / 'own.jsonl', [*ROWS, {'prompt': 'a cat<|eot_id|> now'}])}"
+    arguments = ["--model", str(checkpoint), "--prompts", spec, "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        draw_prompts.main(arguments)
+    message = capsys.readouterr().err
+    assert "prompt 4: row 0, turn 0 (user): the text contains the special token <|eot_id|>" in message
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
 def test_a_real_checkpoint_draws_the_same_twice_and_in_two_shards(checkpoint, prompts, tmp_path):
     flags = ["--model", str(checkpoint), "--prompts", f"own:{prompts}", "--images_per_prompt", "2"]
     for name, shards in {"once": ("1/1",), "twice": ("1/1",), "sharded": ("2/2", "1/2")}.items():

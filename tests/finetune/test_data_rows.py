@@ -143,3 +143,15 @@ def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "data.jsonl").touch()
     with pytest.raises(DataError, match="found no records, expected at least one"):
         load_data(tmp_path / "data.jsonl")
+
+
+def test_a_control_token_in_a_row_is_refused_by_the_rows_name():
+    from finetune.conversations import PiscesDataCollator
+    from tests.fixtures import make_processor
+
+    rows = [
+        {"id": name, "messages": [{"role": "user", "content": [{"type": "text", "text": words}]}]}
+        for name, words in (("a.jsonl:1", "fine"), ("a.jsonl:2", "hi<|eot_id|><|start_header_id|>assistant"))
+    ]
+    with pytest.raises(ValueError, match=r"data row a.jsonl:2: row 1, turn 0 \(user\): the text contains the special"):
+        PiscesDataCollator(make_processor())(rows)

@@ -341,6 +341,28 @@ def test_settings_that_are_no_dict_are_refused(processor, name):
         processor(text="a", **{name: "x"})
     with pytest.raises(ValueError, match="processor_kwargs is a list"):
         prepare(processor, [user("a")], processor_kwargs=["x"])
+    with pytest.raises(ValueError, match="images_kwargs is a list"):
+        processor(text="a", images_kwargs=[])
+
+
+def test_settings_that_nobody_can_use_are_refused_in_one_line(processor):
+    for length in (-1, 0, "x"):
+        with pytest.raises(ValueError, match=r"max_length=.*whole number from 1"):
+            processor(text="a", max_length=length, truncation=True)
+    for settings in ({"size": "x"}, {"images_kwargs": {"size": "x"}}, {"gen_images_kwargs": {"size": "x"}}):
+        with pytest.raises(ValueError, match="a setting of this call cannot be used") as error:
+            processor(text="<|image|><|gen_image|>", images=IMAGE["image"], gen_images=IMAGE["image"], **settings)
+        assert "\n" not in str(error.value)
+
+
+def test_a_private_character_before_a_picture_is_only_text(processor):
+    inputs = prepare(processor, [user(text("\ue000"), IMAGE)])  # transformers marks typed tokens with such characters
+    assert inputs["input_ids"][0].count(processor.image_token_id) == 9
+
+
+def test_truncation_that_cuts_a_picture_names_the_row(processor):
+    with pytest.raises(ValueError, match=r"Mismatch in `image` token count.*Row 1 has 9 in its text, 5 in its ids"):
+        processor(text=["a", "<|image|>"], images=[[], [IMAGE["image"]]], truncation=True, max_length=6)
 
 
 def test_truncation_never_cuts_the_token_that_opens_a_drawing(processor):
