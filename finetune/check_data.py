@@ -22,7 +22,7 @@ import modeling_pisces  # noqa: F401  # registers the processor
 from finetune.data_loaders import load_source
 from finetune.data_mixture import mix_rows
 from finetune.data_report import SourceReport, plural
-from finetune.data_schema import BadRecord, DataError
+from finetune.data_schema import BadRecord, DataError, printable
 from finetune.data_spec import DataSpec, parse_specs
 from finetune.packing import token_lengths
 from modeling_pisces.contact_sheet_pisces import make_contact_sheet
@@ -156,14 +156,20 @@ def write_sheet(reports: list[SourceReport], path: str) -> None:
 def print_reports(reports: list[SourceReport], shares: dict[str, dict[str, Any]], as_json: bool) -> None:
     if as_json:
         numbers = {"sources": [report.as_dict() for report in reports], "mixture": shares}
-        print(json.dumps(numbers, indent=1, ensure_ascii=False))
+        text = json.dumps(numbers, indent=1, ensure_ascii=False)
+        print(text.encode("utf-8", "backslashreplace").decode())  # half of a surrogate pair, as JSON writes it
         return
-    print("\n\n".join(report.as_text() for report in reports))
+    print(_writable("\n\n".join(report.as_text() for report in reports)))
     if shares:
         print("\nmixture")
         for name, numbers in shares.items():
             rounds = f", {numbers['rows_per_epoch']} rows per epoch" if "rows_per_epoch" in numbers else ""
             print(f"  {numbers['share']:6.1%}  {name}{rounds}")
+
+
+def _writable(text: str) -> str:
+    """Ids and names come from somebody's data: without what a terminal obeys and what UTF-8 cannot say."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def judge(reports: list[SourceReport]) -> int:

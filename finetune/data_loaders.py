@@ -25,13 +25,14 @@ from finetune.data_files import (
     read_scenes,
 )
 from finetune.data_mixture import MixedRows, MixedStream, mix_rows
+from finetune.data_paths import check_folder, locate_found
 from finetune.data_pictures import PictureFolder
 from finetune.data_records import RowMaker
 from finetune.data_rows import CompactRows, SourceRows
 from finetune.data_schema import BadRecord, DataError
 from finetune.data_spec import DataSpec, parse_specs
 from finetune.data_streams import StreamedRows
-from finetune.data_tar import TarShard, find_shards
+from finetune.data_tar import find_shards
 
 
 SUFFIX_FORMATS = {
@@ -43,13 +44,8 @@ SUFFIX_FORMATS = {
     ".parquet": "parquet",
     ".tar": "webdataset",
 }
-READERS = {
-    "jsonl": read_jsonl,
-    "json": read_json,
-    "csv": read_csv,
-    "imagefolder": read_imagefolder,
-    "scenes": read_scenes,
-}
+FILE_READERS = {"jsonl": read_jsonl, "json": read_json, "csv": read_csv}
+FOLDER_READERS = {"imagefolder": read_imagefolder, "scenes": read_scenes}
 GIVE_UP_AFTER = 100  # bad records in a row at the start of a file: it is not one broken line, it is another format
 
 
@@ -83,7 +79,7 @@ def load_source(spec: DataSpec, seed: int = 0) -> SourceRows | StreamedRows:
     if found_format == "webdataset":
         folder = Path(spec.path) if Path(spec.path).is_dir() else Path(spec.path).parent
         make_rows = RowMaker(spec, PictureFolder(folder, spec.allow_outside_paths, spec.allow_urls))
-        return _stream(spec, [TarShard(path) for path in find_shards(spec.path)], make_rows, seed)
+        return _stream(spec, find_shards(spec.path, spec.allow_outside_paths), make_rows, seed)
     return _load_records(spec, found_format)
 
 
@@ -115,7 +111,25 @@ def resolve_format(spec: DataSpec) -> tuple[DataSpec, str]:
             )
     if found not in ("webdataset", "parquet") and not path.exists():  # those two may be patterns of names
         raise DataError(f"{spec.path}: no such file or folder (looked from {Path.cwd()}). Check the path.")
+    _check_place(spec, path, found)
     return replace(spec, path=str(path), split=split, name=spec.label), found
+
+
+def _check_place(spec: DataSpec, path: Path, found: str) -> None:
+    """Refuse a data file that was found in the folder and leads out of it, and what is no ordinary file.
+
+    A file that the user named may lie behind any link.
+    """
+    is_named = path == Path(spec.path)
+    if not is_named and not path.is_dir():
+        try:
+            locate_found(spec.path, path, spec.allow_outside_paths)
+        except DataError as error:
+            raise DataError(f"{spec.label}: {error}.") from error
+    elif not is_named and not spec.allow_outside_paths:
+        check_folder(spec.path, path)
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise DataError(f"{spec.path}: a pipe, socket or device, expected a folder or an ordinary file.")
 
 
 def _look_into(folder: Path, wanted: str) -> tuple[Path, str]:
@@ -131,7 +145,7 @@ def _look_into(folder: Path, wanted: str) -> tuple[Path, str]:
     for pattern, found in (("*.tar", "webdataset"), ("*.parquet", "parquet"), ("data/*.parquet", "parquet")):
         if next(folder.glob(pattern), None):
             return folder, found
-    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLE_SUFFIXES)
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir())
     if len(tables) == 1:
         return tables[0], SUFFIX_FORMATS[tables[0].suffix.lower()]
     if len(tables) > 1:
@@ -145,10 +159,13 @@ def _look_into(folder: Path, wanted: str) -> tuple[Path, str]:
 def _load_records(spec: DataSpec, found_format: str) -> SourceRows:
     """Read a text file once: check every record, keep the good ones as rows and the bad ones as a list."""
     path = Path(spec.path)
-    if path.is_dir() != (found_format in ("imagefolder", "scenes")):
+    if path.is_dir() != (found_format in FOLDER_READERS):
         kind = "folder" if path.is_dir() else "file"
         raise DataError(f"{spec.label}: found a {kind}, which format {found_format} is not. Leave format out.")
-    records = READERS[found_format](path)
+    if path.is_dir():
+        records = FOLDER_READERS[found_format](path, spec.allow_outside_paths)
+    else:
+        records = FILE_READERS[found_format](path)
     folder = Path(spec.image_folder) if spec.image_folder else path if path.is_dir() else path.parent
     if not folder.is_dir():
         raise DataError(f"{spec.label}: image_folder: no folder {spec.image_folder!r}. Check the path.")
@@ -174,20 +191,25 @@ def _check_records(records: Iterator[Record], make_rows: RowMaker, name: str) ->
 
 def _load_table(spec: DataSpec, is_parquet: bool, seed: int) -> SourceRows | StreamedRows:
     # `datasets` takes a second to import; whoever trains from a folder of pictures need not wait for it
-    from finetune.data_tables import TableRows, open_table, picture_root, split_table
+    from finetune.data_tables import TableRows, open_stream, open_table, picture_root
 
-    table = open_table(spec, is_parquet)
+    bad: list[BadRecord] = []
+    if spec.streaming:
+        shards, column_names = open_stream(spec, is_parquet)
+    else:
+        table, bad = open_table(spec, is_parquet)
+        column_names = table.column_names
     make_rows = RowMaker(spec, PictureFolder(picture_root(spec), spec.allow_outside_paths, spec.allow_urls))
-    if table.column_names is not None:  # a stream may not know them before it is read
+    if column_names is not None:  # a stream may not know them before it is read
         try:
-            make_rows.check_columns(table.column_names)
+            make_rows.check_columns(column_names)
         except DataError as error:
             raise DataError(f"{spec.label}: {error}") from error
     if spec.streaming:
-        return _stream(spec, split_table(table, spec.label), make_rows, seed)
+        return _stream(spec, shards, make_rows, seed)
     if spec.max_rows is not None:
         table = table.select(range(min(spec.max_rows, len(table))))
-    return SourceRows(TableRows(table, make_rows, spec.label), spec.label, spec.max_bad_records)
+    return SourceRows(TableRows(table, make_rows, spec.label), spec.label, spec.max_bad_records, bad)
 
 
 def _stream(spec: DataSpec, shards: list, make_rows: RowMaker, seed: int) -> StreamedRows:

@@ -1,19 +1,19 @@
 """Where a row's pictures are, whether they may be read, and opening them.
 
 A data file is somebody's text: a path in it must not reach beside the data folder, and a URL in it must not make the
-machine call out, unless the user asks for that. `PictureFolder` holds these rules; every loader sends its references
-through it before anything is opened. Decoding is `modeling_pisces.load_image`'s.
+machine call out, unless the user asks for that. Every loader sends its references through `PictureFolder` before
+anything is opened; which files are inside is `data_paths`' rule. Decoding is `modeling_pisces.load_image`'s.
 """
 
 import os
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from finetune.data_paths import locate_file
 from finetune.data_schema import DataError, Row, show
 from modeling_pisces.image_loading_pisces import load_image
 
@@ -66,28 +66,10 @@ class PictureFolder:
         raise DataError(f"{field}: found {reference[:80]!r}, expected the path of a file")
 
     def _locate_file(self, reference: str, field: str) -> str:
-        path = _real_path(os.path.join(self.folder, reference))
-        root = _real_folder(os.path.abspath(self.folder))
-        if not self.allow_outside_paths and os.path.commonpath([root, path]) != root:
-            raise DataError(
-                f"{field}: {reference!r} leads out of the data folder {self.folder}, expected a path inside it. Move "
-                "the pictures there, name their folder with image_folder, or set allow_outside_paths: true"
-            )
-        if not os.path.isfile(path):
-            raise DataError(f"{field}: no file {reference!r} in {self.folder}, expected a picture (see image_folder)")
-        return path
-
-
-@lru_cache(maxsize=4096)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
-def _real_path(path: str) -> str:
-    """`os.path.realpath`, with the folders of a million pictures resolved once."""
-    folder, name = os.path.split(os.path.abspath(path))
-    path = os.path.join(_real_folder(folder), name)
-    return os.path.realpath(path) if os.path.islink(path) else path
+        try:
+            return locate_file(self.folder, reference, self.allow_outside_paths, "a picture (see image_folder)")
+        except DataError as error:
+            raise DataError(f"{field}: {error}") from error
 
 
 def open_pictures(row: Row) -> Row:

@@ -53,6 +53,11 @@ def show(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+def printable(text: str) -> str:
+    """A name from somebody's data as it can be shown: bytes that are no UTF-8 and control characters as escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], text)
+
+
 def check_row(row: Any) -> Row:
     """Return `row` in the documented form: contents as lists of parts, keys whose value is None left out.
 

@@ -7,9 +7,9 @@ model's recipe reads the same folder in its own way.
 """
 
 # I pictures, H = W side in pixels, P patches
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,9 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from finetune.data_files import read_jsonl
+from finetune.data_paths import locate_file, locate_found
+from finetune.data_schema import DataError, show
 from finetune.scene_layout import COLORS, SHAPES, SIZES
 from modeling_pisces.image_loading_pisces import load_image
 
@@ -56,12 +59,12 @@ def _load_folder(folder: str | Path, limit: int | None) -> PictureData:
     path = Path(folder) / "scenes.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder}: no scenes.jsonl there. Write a data folder with `python -m finetune.scenes`.")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:limit]]
+    rows = list(islice(_read_rows(Path(folder)), limit))
     if not rows:
         raise ValueError(
             f"{path} has no rows; expected at least one scene. Render more with `python -m finetune.scenes`."
         )
-    pictures = [_read_picture(Path(folder) / row["image"]) for row in rows]
+    pictures = [_read_picture(locate_file(folder, row["image"])) for row in rows]
     sizes = sorted({picture.shape[:2] for picture in pictures})
     if len(sizes) > 1:
         raise ValueError(f"{folder}: pictures of {len(sizes)} sizes {sizes}; expected one. Render the folder again.")
@@ -69,7 +72,19 @@ def _load_folder(folder: str | Path, limit: int | None) -> PictureData:
     return PictureData(stacked, [row["truth"] for row in rows], [row["captions"] for row in rows])
 
 
-def _read_picture(path: Path) -> np.ndarray:
+def _read_rows(folder: Path) -> Iterator[dict]:
+    """Rows with the keys that are used here; these folders are rendered whole, so one bad row means another folder."""
+    locate_found(folder, folder / "scenes.jsonl")
+    for record in read_jsonl(folder / "scenes.jsonl"):
+        row = record.value
+        if isinstance(row, DataError):
+            raise DataError(f"{record.place}: {row}")
+        if not isinstance(row, dict) or not {"image", "truth", "captions"} <= row.keys():
+            raise DataError(f"{record.place}: found {show(row)}, expected a scene of `python -m finetune.scenes`.")
+        yield row
+
+
+def _read_picture(path: str) -> np.ndarray:
     return np.asarray(load_image(path))
 
 

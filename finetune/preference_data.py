@@ -215,13 +215,13 @@ def _load_source(data: Any) -> PairRows:
     folder = Path(spec.image_folder) if spec.image_folder else path if path.is_dir() else path.parent
     make_pairs = PairMaker(spec, PictureFolder(folder, spec.allow_outside_paths, spec.allow_urls))
     pairs, bad = CompactRows(), []
-    records = read_imagefolder(path) if found_format == "imagefolder" else read_table(path)
+    records = read_imagefolder(path, spec.allow_outside_paths) if found_format == "imagefolder" else read_table(path)
     for record in islice(records, spec.max_rows):
         try:
             if isinstance(record.value, DataError):
                 raise record.value
             pairs.append(record.place, make_pairs(record.value, record.default_id)[0])
-        except DataError as error:
+        except ValueError as error:
             bad.append(BadRecord(record.place, str(error)))
     return PairRows(pairs, spec.label, spec.max_bad_records, bad)
 
@@ -229,9 +229,9 @@ def _load_source(data: Any) -> PairRows:
 def _load_table(spec: DataSpec, is_parquet: bool) -> PairRows:
     from finetune.data_tables import TableRows, open_table, picture_root
 
-    table = open_table(spec, is_parquet)
+    table, bad = open_table(spec, is_parquet)
     make_pairs = PairMaker(spec, PictureFolder(picture_root(spec), spec.allow_outside_paths, spec.allow_urls))
     if spec.max_rows is not None:
         table = table.select(range(min(spec.max_rows, len(table))))
     pairs = TableRows(table, make_pairs, spec.label)  # type: ignore[arg-type]  # called as a RowMaker is
-    return PairRows(pairs, spec.label, spec.max_bad_records)
+    return PairRows(pairs, spec.label, spec.max_bad_records, bad)
