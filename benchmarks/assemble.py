@@ -29,6 +29,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from modeling_pisces.arguments_pisces import COUNT, LineParser, finite_number, run_command
 from modeling_pisces.measurement_pisces import write_result
 
 
@@ -158,11 +159,17 @@ def measure(folder: Path, size: float, shard_bytes: int, pairs: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="results file to write")
-    parser.add_argument("--sizes_gb", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="at least two")
-    parser.add_argument("--max_shard_size_gb", type=float, default=0.5)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument(
+        "--sizes_gb",
+        type=finite_number(above=0, most=100_000),
+        nargs="+",
+        default=[0.5, 1.0, 2.0],
+        help="at least two",
+    )
+    parser.add_argument("--max_shard_size_gb", type=finite_number(above=0, most=100_000), default=0.5)
+    parser.add_argument("--pairs", type=COUNT, default=3)
     parser.add_argument("--folder", help="where to work, on the disk to measure (default: the system's)")
     arguments = parser.parse_args()
     if len(set(arguments.sizes_gb)) < 2:
@@ -188,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,6 +10,7 @@ import time
 import torch
 
 from modeling_pisces import PiscesPipeline
+from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command
 from modeling_pisces.measurement_pisces import write_result
 
 
@@ -22,10 +23,10 @@ PROMPTS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--output", required=True, help="results file to write")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=COUNT, default=3)
     arguments = parser.parse_args()
     pipeline = PiscesPipeline.from_pretrained(arguments.model)
     pipeline.set_progress_bar_config(disable=True)
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
+from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command
 from modeling_pisces.measurement_pisces import paired, write_result
 
 
@@ -40,12 +41,12 @@ def make_models(hidden_size: int, num_layers: int) -> tuple[PiscesForConditional
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="results file to write")
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--hidden_size", type=int, default=768)
-    parser.add_argument("--num_layers", type=int, default=12)
-    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--pairs", type=COUNT, default=7)
+    parser.add_argument("--hidden_size", type=COUNT, default=768)
+    parser.add_argument("--num_layers", type=COUNT, default=12)
+    parser.add_argument("--batch_size", type=COUNT, default=1)
     arguments = parser.parse_args()
     model, llama = make_models(arguments.hidden_size, arguments.num_layers)
     input_ids = torch.randint(10, 32000, (arguments.batch_size, PROMPT_TOKENS))
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

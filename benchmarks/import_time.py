@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command
 from modeling_pisces.measurement_pisces import paired, write_result
 
 
@@ -44,9 +45,9 @@ def seconds(code: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="results file to write")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=COUNT, default=7)
     arguments = parser.parse_args()
     baseline = third_party_imports(loaded_files())
     ours = "import sys, modeling_pisces; assert 'diffusers' not in sys.modules, 'diffusers was imported'"
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

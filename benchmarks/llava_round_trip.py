@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from modeling_pisces import PiscesForConditionalGeneration
+from modeling_pisces.arguments_pisces import LineParser, run_command
 from modeling_pisces.measurement_pisces import write_result
 
 
@@ -131,7 +132,7 @@ def measure(kind: str, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="results file to write")
     arguments = parser.parse_args()
     with TemporaryDirectory() as work:
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command, whole_number
 from modeling_pisces.measurement_pisces import difference_interval, wilson_interval, write_result
 
 
@@ -179,7 +180,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument(
         "--work", required=True, help="folder for data, adapters and scores; steps there are not repeated"
@@ -187,12 +188,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="results file to write")
     parser.add_argument("--concept", default="lime", help="of finetune.new_concept")
     parser.add_argument("--sides", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--num_pictures", type=int, default=200, help="pictures of the new thing to learn from")
-    parser.add_argument("--num_replay", type=int, default=1500, help="ordinary pictures beside them")
-    parser.add_argument("--num_questions", type=int, default=600, help="of each evaluation, in two wordings")
-    parser.add_argument("--num_reconstructions", type=int, default=120)
-    parser.add_argument("--num_prompts", type=int, default=192, help="of each evaluation, in two wordings")
-    parser.add_argument("--images_per_prompt", type=int, default=2)
+    parser.add_argument("--num_pictures", type=COUNT, default=200, help="pictures of the new thing to learn from")
+    parser.add_argument("--num_replay", type=whole_number(0), default=1500, help="ordinary pictures beside them")
+    parser.add_argument("--num_questions", type=COUNT, default=600, help="of each evaluation, in two wordings")
+    parser.add_argument("--num_reconstructions", type=COUNT, default=120)
+    parser.add_argument("--num_prompts", type=COUNT, default=192, help="of each evaluation, in two wordings")
+    parser.add_argument("--images_per_prompt", type=COUNT, default=2)
     for side in RECIPES:
         parser.add_argument(
             f"--{side}_flags", default="", help=f"more flags for finetune.{RECIPES[side]}, in one string"
@@ -202,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

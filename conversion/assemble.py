@@ -26,6 +26,7 @@ from conversion.parts import Part, open_part
 from conversion.provenance import write_provenance
 from conversion.streaming import write_shards
 from conversion.vocabulary import Vocabulary, prepare_tokenizer
+from modeling_pisces.arguments_pisces import COUNT, SEED, whole_number
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, read_json
 
 
@@ -129,11 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{role}", required=required, metavar="PART", help=f"{about}: a folder or a Hub id")
         parser.add_argument(f"--{role}_revision", metavar="COMMIT", help="commit of the Hub id, 40 hexadecimal digits")
     parser.add_argument(
-        "--gen_pool_stride", type=int, default=4, help="patches averaged per side into one drawn vector"
+        "--gen_pool_stride", type=COUNT, default=4, help="patches averaged per side into one drawn vector"
     )
     parser.add_argument("--gen_head_type", choices=("mlp", "linear", "flow"), default="mlp", help="mlp is the paper's")
     parser.add_argument(
-        "--vision_feature_layer", type=int, help="hidden state to read instead of the last, such as -2"
+        "--vision_feature_layer",
+        type=whole_number(-1000, 1000),
+        help="hidden state to read instead of the last, such as -2",
     )
     parser.add_argument(
         "--vision_feature_select_strategy",
@@ -146,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPE_FLAGS), help="convert all weights but the decoder's (default: as they are)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is new")
+    parser.add_argument("--seed", type=SEED, default=0, help="of everything that is new")
     parser.add_argument("--allow_pickle", action="store_true", help="also read .bin weights, with weights_only=True")
     flags = vars(parser.parse_args(arguments))
     output, overwrite, size = flags.pop("output"), flags.pop("overwrite"), flags.pop("max_shard_size")

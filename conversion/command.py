@@ -8,12 +8,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from modeling_pisces.arguments_pisces import LineParser
 from modeling_pisces.model_loading_pisces import quiet_libraries
 
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags of every command that writes a folder: --output, --overwrite, --max_shard_size."""
-    parser = argparse.ArgumentParser(prog=f"python -m conversion.{name}", description=description)
+    parser = LineParser(prog=f"python -m conversion.{name}", description=description)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to write; must not exist yet")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
     parser.add_argument(

@@ -30,6 +30,7 @@ from conversion.planned_tensors import DTYPES, PlannedTensor
 from conversion.provenance import write_provenance
 from conversion.streaming import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor
+from modeling_pisces.arguments_pisces import COUNT, SEED
 from modeling_pisces.generation_config_pisces import own_generation_config
 
 
@@ -192,10 +193,10 @@ def make_arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gen_vision_tower_revision", metavar="COMMIT", help="its commit, 40 hexadecimal digits")
     parser.add_argument(
-        "--gen_pool_stride", type=int, default=4, help="patches averaged per side into one drawn vector"
+        "--gen_pool_stride", type=COUNT, default=4, help="patches averaged per side into one drawn vector"
     )
     parser.add_argument("--gen_head_type", choices=("mlp", "linear", "flow"), default="mlp", help="mlp is the paper's")
-    parser.add_argument("--seed", type=int, default=0, help="of the new projector and head")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the new projector and head")
     parser.add_argument("--allow_pickle", action="store_true", help="read .bin weights, with weights_only=True")
     return parser
 

@@ -30,6 +30,7 @@ from conversion.output_folder import check_output, new_folder
 from conversion.parts import Part, read_license
 from conversion.planned_tensors import PlannedTensor, SourceTensor
 from conversion.provenance import write_provenance
+from modeling_pisces.arguments_pisces import COUNT, SEED
 from modeling_pisces.checkpoint_files_pisces import read_json
 from modeling_pisces.pipeline_checks_pisces import check_decoder
 
@@ -232,10 +233,10 @@ def _report(output: str | Path, plans: Mapping[str, list[PlannedTensor]], starte
 def make_arguments() -> argparse.ArgumentParser:
     parser = make_parser("from_sdxl", "Resize SDXL's U-Net for the vectors of another generation tower.")
     parser.add_argument("--sdxl", required=True, metavar="PART", help="folder or Hub id of an SDXL-base repository")
-    parser.add_argument("--gen_vector_size", required=True, type=int, metavar="DG", help="width of the vectors")
+    parser.add_argument("--gen_vector_size", required=True, type=COUNT, metavar="DG", help="width of the vectors")
     parser.add_argument("--revision", metavar="COMMIT", help="commit of a Hub id, 40 hexadecimal digits")
     parser.add_argument("--variant", metavar="WORD", help="word in the names of the weights, such as fp16")
-    parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the new weights (default: 0)")
     parser.add_argument(
         "--prediction_type",
         choices=("epsilon", "v_prediction"),

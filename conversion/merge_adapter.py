@@ -22,6 +22,7 @@ from conversion.planned_tensors import DTYPES, PlannedTensor, SourceTensor, inde
 from conversion.probe import draw_vectors, largest_difference, make_probe, predict_vectors, text_logits
 from conversion.streaming import write_shards
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
+from modeling_pisces.arguments_pisces import finite_number
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_config, read_json
 from modeling_pisces.model_loading_pisces import load_model
 
@@ -205,7 +206,7 @@ def make_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--adapter_revision", help="branch, tag or commit of the adapter on the Hub")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=finite_number(0, 1000),
         default=TOLERANCE,
         help="largest difference between adapter and merged model in fp32, relative (default: %(default)g)",
     )

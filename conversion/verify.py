@@ -15,6 +15,7 @@ from pathlib import Path
 from conversion.command import run_command
 from conversion.parts import Part, open_part
 from conversion.verify_parts import COMPARISONS, WholeModel
+from modeling_pisces.arguments_pisces import LineParser, finite_number
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_json
 
 
@@ -111,7 +112,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def make_arguments() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = LineParser(
         prog="python -m conversion.verify",
         description="Check that every part computes inside a checkpoint what it computes alone. Needs memory for the "
         "checkpoint and one part in fp32.",
@@ -126,7 +127,10 @@ def make_arguments() -> ArgumentParser:
         help=f"a folder, or a Hub id@commit; roles: {', '.join(COMPARISONS)} (default: as provenance.json says)",
     )
     parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="largest relative difference (default: %(default)g)"
+        "--tolerance",
+        type=finite_number(0, 1000),
+        default=TOLERANCE,
+        help="largest relative difference (default: %(default)g)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser

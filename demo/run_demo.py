@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, one_line
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
 from modeling_pisces.cli_commands_pisces import DEFAULT_QUESTION, answer_question
 from modeling_pisces.cli_files_pisces import UsageError, find_pictures
@@ -32,7 +33,16 @@ DEFAULT_PROMPTS = (
 
 
 def main() -> None:
+    """The command: what goes wrong is one line on stderr."""
     args = parse_arguments()
+    try:
+        with quiet_libraries():
+            show(args)
+    except (UsageError, ValueError, OSError) as error:
+        sys.exit(f"demo: error: {one_line(error)}")
+
+
+def show(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     folder = find_checkpoint(args.model)
     check_checkpoint(folder, with_decoder=True)
@@ -53,14 +63,14 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = LineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="pisces-tiny", help="checkpoint folder or Hub id")
     parser.add_argument("--examples", default="examples", help="data folder with pictures, questions and true answers")
-    parser.add_argument("--num_examples", type=int, default=6, help="how many pictures of it")
+    parser.add_argument("--num_examples", type=COUNT, default=6, help="how many pictures of it")
     parser.add_argument("--image", action="append", default=[], help="a picture or a folder of your own")
     parser.add_argument("--question", default=DEFAULT_QUESTION, help="what to ask about your pictures")
     parser.add_argument("--prompt", action="append", help="what to draw, instead of the default set")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--output", default="outputs", help="folder for contact_sheet.png")
     return parser.parse_args()
 
@@ -126,8 +136,4 @@ def reconstruct(pipeline, examples: list[dict], seed: int) -> list[Tile]:
 
 
 if __name__ == "__main__":
-    try:
-        with quiet_libraries():
-            main()
-    except (UsageError, ValueError) as error:
-        sys.exit(f"demo: error: {error}")
+    main()

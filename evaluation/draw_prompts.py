@@ -33,6 +33,7 @@ from evaluation.run_files import (
     write_whole,
 )
 from evaluation.summaries import seed_generators
+from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, finite_number
 
 
 def load_pipeline(arguments: argparse.Namespace) -> Any:
@@ -145,19 +146,21 @@ def draw(arguments: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--revision", help="of a Hub id: branch, tag or commit")
     parser.add_argument("--prompts", required=True, help="geneval:FILE, dpg:FOLDER, wise:FOLDER or own:FILE")
     parser.add_argument("--rewritten", type=Path, help='JSONL of {"prompt", "rewritten"}: draw these words instead')
     parser.add_argument("--output", type=Path, required=True, help="folder to fill, or to go on with")
-    parser.add_argument("--images_per_prompt", type=int, default=4, help="GenEval and DPG-Bench ask for 4, WISE for 1")
-    parser.add_argument("--batch_size", type=int, help="pictures at a time, of one prompt; default: all of it")
-    parser.add_argument("--seed", type=int, default=0, help="of the run; every picture has one of its own by it")
-    parser.add_argument("--num_inference_steps", type=int, help="instead of the checkpoint's own")
-    parser.add_argument("--guidance_scale", type=float, help="instead of the checkpoint's own")
-    parser.add_argument("--image_temperature", type=float, help="instead of the checkpoint's own")
-    parser.add_argument("--resolution", type=int, help="pixels of both sides, instead of the decoder's own")
+    parser.add_argument(
+        "--images_per_prompt", type=COUNT, default=4, help="GenEval and DPG-Bench ask for 4, WISE for 1"
+    )
+    parser.add_argument("--batch_size", type=COUNT, help="pictures at a time, of one prompt; default: all of it")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the run; every picture has one of its own by it")
+    parser.add_argument("--num_inference_steps", type=COUNT, help="instead of the checkpoint's own")
+    parser.add_argument("--guidance_scale", type=finite_number(0, 1000), help="instead of the checkpoint's own")
+    parser.add_argument("--image_temperature", type=finite_number(0, 100), help="instead of the checkpoint's own")
+    parser.add_argument("--resolution", type=COUNT, help="pixels of both sides, instead of the decoder's own")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--shard", default="1/1", help="i/n: draw the i-th of n parts, into the same folder")
     return parser

@@ -36,6 +36,7 @@ from evaluation.run_files import (
     write_json,
 )
 from evaluation.summaries import Outcomes, drawing_summary
+from modeling_pisces.arguments_pisces import COUNT, SHARE, LineParser, finite_number
 from modeling_pisces.image_loading_pisces import load_image
 
 
@@ -163,18 +164,20 @@ def score(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def build_parser() -> argparse.ArgumentParser:
     usual = Thresholds()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drawings", type=Path, required=True, help="folder that evaluation.draw_prompts filled")
     parser.add_argument("--output", type=Path, required=True, help="results file to write, .json")
     parser.add_argument("--detector", default=DETECTOR, help="Hub id or folder of a detector of transformers")
     parser.add_argument("--detector_revision", help="of a Hub id: branch, tag or commit")
     parser.add_argument("--color_model", default=COLOR_MODEL, help="Hub id or folder of a CLIP model")
     parser.add_argument("--color_model_revision", help="of a Hub id: branch, tag or commit")
-    parser.add_argument("--threshold", type=float, default=usual.score, help="confidence that an object needs")
-    parser.add_argument("--counting_threshold", type=float, default=usual.counting_score, help="the same for counting")
-    parser.add_argument("--max_objects", type=int, default=usual.max_objects, help="of one class in a picture")
-    parser.add_argument("--max_overlap", type=float, default=usual.max_overlap, help="IoU of two boxes; 1 keeps all")
-    parser.add_argument("--position_threshold", type=float, default=usual.position, help="in parts of both sizes")
+    parser.add_argument("--threshold", type=SHARE, default=usual.score, help="confidence that an object needs")
+    parser.add_argument("--counting_threshold", type=SHARE, default=usual.counting_score, help="the same for counting")
+    parser.add_argument("--max_objects", type=COUNT, default=usual.max_objects, help="of one class in a picture")
+    parser.add_argument("--max_overlap", type=SHARE, default=usual.max_overlap, help="IoU of two boxes; 1 keeps all")
+    parser.add_argument(
+        "--position_threshold", type=finite_number(0, 100), default=usual.position, help="in parts of both sizes"
+    )
     parser.add_argument("--shard", default="1/1", help="i/n: judge the i-th of n parts")
     return parser
 

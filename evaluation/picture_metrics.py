@@ -32,6 +32,7 @@ from evaluation.run_files import (
     one_line_errors,
     write_json,
 )
+from modeling_pisces.arguments_pisces import LineParser
 from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES, load_image
 
 
@@ -217,7 +218,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drawings", type=Path, required=True, help="folder that evaluation.draw_prompts filled")
     parser.add_argument("--reference", type=Path, help="folder of pictures to measure the distance to")
     parser.add_argument("--output", type=Path, required=True, help="results file to write, .json")

@@ -18,6 +18,7 @@ from evaluation.card import WRITER, Sources, fill, plot_of, read_scenes
 from evaluation.compare import compare
 from evaluation.plots import is_current, plot_curves, plot_scores, score_panels
 from evaluation.run_files import one_line_errors
+from modeling_pisces.arguments_pisces import LineParser
 
 
 def named_scores(sources: Sources) -> dict[str, dict[str, Any]]:
@@ -71,7 +72,7 @@ def write_curves(options: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     card = commands.add_parser("card", help="the numbers between the markers of Markdown pages, and their plot")

@@ -5,7 +5,6 @@ validates itself on rendered pictures, where the truth is known, before anyone b
 `python -m evaluation.scene_scorer --data DIR --validate`. Reading a picture is left to `evaluation.scene_detector`.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from PIL import ImageFilter
 from tqdm import tqdm
 
 from evaluation.scene_detector import Detection, detect_objects, load_silhouettes
+from modeling_pisces.arguments_pisces import COUNT, SHARE, LineParser, finite_number, one_line
 from modeling_pisces.image_loading_pisces import load_image
 
 
@@ -213,18 +213,22 @@ def _validate_one(detected: Detection, truth: dict) -> list[tuple[str, bool]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command: print every category as JSON; end with an error where one is below `--min_accuracy`."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.scene_scorer", description=__doc__.splitlines()[0])
+    parser = LineParser(prog="python -m evaluation.scene_scorer", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="data folder written by finetune.scenes")
     parser.add_argument("--validate", action="store_true", required=True, help="check the scorer on rendered truth")
-    parser.add_argument("--num_scenes", type=int, default=None, help="only the first so many scenes; default all")
-    parser.add_argument("--blur", type=float, default=0.0, help="Gaussian blur before scoring, in pixels")
-    parser.add_argument("--noise", type=float, default=0.0, help="Gaussian noise before scoring, of 0 to 255")
-    parser.add_argument("--min_accuracy", type=float, default=0.99, help="the bar for every single category")
+    parser.add_argument("--num_scenes", type=COUNT, default=None, help="only the first so many scenes; default all")
+    parser.add_argument(
+        "--blur", type=finite_number(0, 1000), default=0.0, help="Gaussian blur before scoring, in pixels"
+    )
+    parser.add_argument(
+        "--noise", type=finite_number(0, 255), default=0.0, help="Gaussian noise before scoring, of 0 to 255"
+    )
+    parser.add_argument("--min_accuracy", type=SHARE, default=0.99, help="the bar for every single category")
     options = parser.parse_args(arguments)
     try:
         accuracies = validate(options.data, options.num_scenes, options.blur, options.noise)
-    except ValueError as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        sys.exit(one_line(error))
     print(json.dumps(accuracies, indent=2))
     low = {name: value for name, value in accuracies.items() if value < options.min_accuracy}
     if low:

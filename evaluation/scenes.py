@@ -30,6 +30,7 @@ from evaluation.summaries import (
     seed_generators,
     summarize,
 )
+from modeling_pisces.arguments_pisces import COUNT, LineParser, finite_number
 from modeling_pisces.checkpoint_files_pisces import find_checkpoint
 from modeling_pisces.image_loading_pisces import load_image
 from modeling_pisces.measurement_pisces import current_command
@@ -231,16 +232,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--data", required=True, help="held-out data folder with scenes.jsonl and prompts.jsonl")
     parser.add_argument("--output", required=True, help="results file to write, .json")
-    parser.add_argument("--num_questions", type=int, default=1800, help="questions, equally many of each type")
-    parser.add_argument("--num_reconstructions", type=int, default=300, help="pictures to reconstruct")
-    parser.add_argument("--num_prompts", type=int, default=192, help="drawing prompts")
-    parser.add_argument("--images_per_prompt", type=int, default=4, help="drawings of each prompt")
-    parser.add_argument("--image_temperature", type=float, help="instead of the checkpoint's own")
-    parser.add_argument("--guidance_scale", type=float, help="instead of the checkpoint's own")
+    parser.add_argument("--num_questions", type=COUNT, default=1800, help="questions, equally many of each type")
+    parser.add_argument("--num_reconstructions", type=COUNT, default=300, help="pictures to reconstruct")
+    parser.add_argument("--num_prompts", type=COUNT, default=192, help="drawing prompts")
+    parser.add_argument("--images_per_prompt", type=COUNT, default=4, help="drawings of each prompt")
+    parser.add_argument("--image_temperature", type=finite_number(0, 100), help="instead of the checkpoint's own")
+    parser.add_argument("--guidance_scale", type=finite_number(0, 1000), help="instead of the checkpoint's own")
     with one_line_errors():
         results = evaluate(parser.parse_args())
     for name, part in results.items():

@@ -27,6 +27,7 @@ from evaluation.run_files import (
 from evaluation.understanding_harness import ROOT, Run, ask_and_score, check_data, probe
 from evaluation.understanding_results import collect_items, read_metrics, read_run, sum_up
 from evaluation.understanding_tasks import SUITE, Task
+from modeling_pisces.arguments_pisces import COUNT, LineParser
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
 
 
@@ -153,15 +154,17 @@ def _describe_command(arguments: argparse.Namespace) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     python = os.environ.get(HARNESS_VARIABLE, ROOT / ".venv-lmms-eval/bin/python")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     parser.add_argument("--revision", help="of a Hub id: branch, tag or commit")
     parser.add_argument("--tasks", required=True, help="names of lmms-eval with commas, or all: those without a judge")
     parser.add_argument("--output", type=Path, required=True, help="results file to write, .json")
     parser.add_argument("--data", type=Path, help="folder of local data sets, each under its Hub name; then offline")
-    parser.add_argument("--limit", type=int, help="only the first N items of each task; labelled in the results")
-    parser.add_argument("--batch_size", type=int, default=1, help="questions at a time; may move an answer's last bit")
-    parser.add_argument("--num_processes", type=int, default=1, help="that ask at once, each with its own GPU")
+    parser.add_argument("--limit", type=COUNT, help="only the first N items of each task; labelled in the results")
+    parser.add_argument(
+        "--batch_size", type=COUNT, default=1, help="questions at a time; may move an answer's last bit"
+    )
+    parser.add_argument("--num_processes", type=COUNT, default=1, help="that ask at once, each with its own GPU")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--harness_python", type=Path, default=Path(python), help="the Python that has lmms-eval")

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from trl import ModelConfig
 
+from finetune.flag_ranges import check_ranges
 from modeling_pisces import PISCES_QUANT_SKIP_MODULES, PiscesForConditionalGeneration
 
 
@@ -50,6 +51,7 @@ class AdapterConfig(ModelConfig):
     )
 
     def __post_init__(self):
+        check_ranges(self)
         super().__post_init__()
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype {self.dtype}: expected auto, float32, bfloat16 or float16.")

@@ -30,6 +30,7 @@ from finetune import packed_attention
 from finetune.adapters import AdapterConfig, add_adapter
 from finetune.packing import pack_batch
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
+from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command
 from modeling_pisces.measurement_pisces import write_result
 
 
@@ -280,10 +281,10 @@ def peak_memory_gib(device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="results file to write")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="8b")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each setting")
+    parser.add_argument("--steps", type=COUNT, default=10, help="timed steps of each setting")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.preset == "8b" and arguments.device == "cpu":
@@ -314,4 +315,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -52,6 +52,7 @@ from finetune.packing import PackedRows, PackingCollator, token_lengths
 from finetune.picture_cache import CachedPictureCollator, PictureCache
 from finetune.precompute import precompute
 from finetune.sft_trainer import PiscesSFTConfig, PiscesSFTTrainer
+from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command
 from modeling_pisces.image_loading_pisces import load_image
 from modeling_pisces.measurement_pisces import paired, write_result
 
@@ -284,11 +285,11 @@ def measure_precompute(folder: str, pairs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="results file to write")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=COUNT, default=3)
     parser.add_argument("--child", choices=("pisces", "stock"), help="train one side and print its memory (internal)")
-    parser.add_argument("--steps", type=int, default=3, help="steps of a child")
+    parser.add_argument("--steps", type=COUNT, default=3, help="steps of a child")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -314,4 +315,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

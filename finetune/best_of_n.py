@@ -19,9 +19,9 @@ from peft import PeftModel
 from PIL import Image
 from tqdm import tqdm
 
-from finetune.commands import run_command
+from finetune.commands import parse_classes, run_command
 from finetune.drawing_folder import DrawingFolder, Prompt, picture_seed, read_prompts
-from finetune.recipe import parse_classes
+from finetune.flag_ranges import check_ranges
 from finetune.rewards import check_scores, load_function
 
 
@@ -55,6 +55,7 @@ class BestOfNArguments:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected at least {least}.")
         if self.pairs and self.n < 2:
             raise ValueError("--pairs True needs --n of at least 2: a chosen and a rejected picture.")
+        check_ranges(self)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

@@ -25,21 +25,15 @@ from finetune.data_report import SourceReport, plural
 from finetune.data_schema import BadRecord, DataError, printable
 from finetune.data_spec import DataSpec, parse_specs
 from finetune.packing import token_lengths
+from modeling_pisces.arguments_pisces import EXIT_USAGE, LineParser, whole_number
 from modeling_pisces.contact_sheet_pisces import make_contact_sheet
 
 
-EXIT_OK, EXIT_BAD_DATA, EXIT_USAGE = 0, 1, 2
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in the same one line as every other error."""
-
-    def error(self, message: str):
-        self.exit(EXIT_USAGE, f"check_data: error: {message} (see --help)\n")
+EXIT_OK, EXIT_BAD_DATA = 0, 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m finetune.check_data", description=__doc__.splitlines()[0])
+    parser = LineParser(prog="python -m finetune.check_data", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data",
         nargs="+",
@@ -49,9 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", help="folder or Hub id whose processor counts tokens; none: no lengths")
     parser.add_argument(
-        "--max_length", type=int, help="tokens; longer rows are listed (default: what the tokenizer takes)"
+        "--max_length", type=whole_number(), help="tokens; longer rows are listed (default: what the tokenizer takes)"
     )
-    parser.add_argument("--limit", type=int, help="records to read of each source (default: all)")
+    parser.add_argument("--limit", type=whole_number(), help="records to read of each source (default: all)")
     parser.add_argument("--sheet", metavar="FILE", help="write sample pictures with their words as one PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

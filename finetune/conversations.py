@@ -5,7 +5,6 @@ one to draw. `StageConversations` makes them from scenes for the paper's three s
 conversations into model inputs with labels. `finetune.train_stages` joins the two.
 """
 
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from finetune.data_paths import locate_file
+from finetune.picture_data import read_scene_rows
 from modeling_pisces import PiscesProcessor
 
 
@@ -186,10 +187,10 @@ def read_rows(folder: Path) -> list[dict]:
     path = folder / "scenes.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} is missing. Write it with `python -m finetune.scenes --output {folder} ...`.")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = list(read_scene_rows(folder))
     if not rows:
         raise ValueError(f"{path} has no rows. Write it again with `python -m finetune.scenes`.")
-    return [{**row, "image": str(folder / row["image"])} for row in rows]
+    return [{**row, "image": locate_file(folder, row["image"])} for row in rows]
 
 
 class PiscesDataCollator:

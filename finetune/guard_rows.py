@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from finetune.data_loaders import load_data
 from finetune.data_schema import Row, count_pictures
+from finetune.flag_ranges import check_ranges
 
 
 logger = logging.get_logger(__name__)
@@ -55,6 +56,7 @@ class GuardArguments:
                 raise ValueError(f"--{name} {value}: expected a whole number from 1. Leave it out for the default.")
         if not 0 <= self.guard_tolerance < math.inf:
             raise ValueError(f"--guard_tolerance {self.guard_tolerance}: expected a number from 0, for example 0.05.")
+        check_ranges(self)
 
 
 def load_guard_rows(flags: GuardArguments, trained: Sequence[str], draws: bool) -> dict[str, list[Row]]:

@@ -7,7 +7,6 @@ of `finetune.scene_layout` in which a colour or a shape is replaced by it, in th
 `benchmarks.new_concept` trains on the rows and reports what was learned and what was lost.
 """
 
-import argparse
 import json
 import math
 import random
@@ -24,6 +23,7 @@ from finetune.scene_prompts import prompts_for_evaluation
 from finetune.scene_questions import questions
 from finetune.scene_text import caption_prompts, pluralize, with_article
 from finetune.scenes import OUTLINES, render_scene, write_silhouettes
+from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, one_line, whole_number
 
 
 QUESTIONS_PER_PICTURE = 6  # turns of one conversation, as in the third stage of pisces-tiny
@@ -273,18 +273,20 @@ def write_concept(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command: parse, write, or end with the reason on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m finetune.new_concept", description=__doc__.splitlines()[0])
+    parser = LineParser(prog="python -m finetune.new_concept", description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder to write; new or empty")
     parser.add_argument("--concept", choices=CONCEPTS, default="lime", help="the new colour or shape")
-    parser.add_argument("--num_pictures", type=int, default=200, help="pictures with it to learn from")
-    parser.add_argument("--num_replay", type=int, default=400, help="ordinary pictures to learn from beside them")
-    parser.add_argument("--num_heldout", type=int, default=240, help="pictures of each held-out folder")
-    parser.add_argument("--seed", type=int, default=0, help="of every scene and every choice")
+    parser.add_argument("--num_pictures", type=COUNT, default=200, help="pictures with it to learn from")
+    parser.add_argument(
+        "--num_replay", type=whole_number(0), default=400, help="ordinary pictures to learn from beside them"
+    )
+    parser.add_argument("--num_heldout", type=COUNT, default=240, help="pictures of each held-out folder")
+    parser.add_argument("--seed", type=SEED, default=0, help="of every scene and every choice")
     options = vars(parser.parse_args(arguments))
     try:
         write_concept(concept=CONCEPTS[options.pop("concept")], **options)
-    except ValueError as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        sys.exit(one_line(error))
 
 
 if __name__ == "__main__":

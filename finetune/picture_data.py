@@ -59,7 +59,7 @@ def _load_folder(folder: str | Path, limit: int | None) -> PictureData:
     path = Path(folder) / "scenes.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder}: no scenes.jsonl there. Write a data folder with `python -m finetune.scenes`.")
-    rows = list(islice(_read_rows(Path(folder)), limit))
+    rows = list(islice(read_scene_rows(Path(folder)), limit))
     if not rows:
         raise ValueError(
             f"{path} has no rows; expected at least one scene. Render more with `python -m finetune.scenes`."
@@ -72,7 +72,7 @@ def _load_folder(folder: str | Path, limit: int | None) -> PictureData:
     return PictureData(stacked, [row["truth"] for row in rows], [row["captions"] for row in rows])
 
 
-def _read_rows(folder: Path) -> Iterator[dict]:
+def read_scene_rows(folder: Path) -> Iterator[dict]:
     """Rows with the keys that are used here; these folders are rendered whole, so one bad row means another folder."""
     locate_found(folder, folder / "scenes.jsonl")
     for record in read_jsonl(folder / "scenes.jsonl"):

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
-from finetune.commands import run_command
+from finetune.commands import parse_flags_of, run_command
 from finetune.data_loaders import load_data
 from finetune.data_schema import iter_pictures
+from finetune.flag_ranges import check_ranges
 from finetune.picture_cache import PictureCache, UnopenedRows
 from finetune.picture_keys import KINDS, fingerprint, picture_key, tower_of
 from modeling_pisces import PiscesForConditionalGeneration, PiscesProcessor, load_image
@@ -48,6 +49,7 @@ class PrecomputeArguments:
             raise ValueError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}.")
         if self.batch_size < 1 or self.shard_size < 1:
             raise ValueError(f"--batch_size {self.batch_size}, --shard_size {self.shard_size}: expected at least 1.")
+        check_ranges(self)
 
 
 def pictures_of(rows: Iterable[dict[str, Any]], kind: str) -> Iterator[Any]:
@@ -115,7 +117,7 @@ def _encoder(model: Any, processor: PiscesProcessor, kind: str) -> tuple[Callabl
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    run = HfArgumentParser(PrecomputeArguments).parse_args_into_dataclasses(arguments)[0]
+    run = parse_flags_of(PrecomputeArguments, arguments)
     rows = UnopenedRows(load_data(run.data))
     cache = PictureCache(run.output)
 

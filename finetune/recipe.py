@@ -15,11 +15,11 @@ from accelerate import PartialState
 from torch.utils.data import Dataset, IterableDataset, Subset
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import logging
-from trl import TrlParser
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
 from finetune import packed_attention
 from finetune.adapters import AdapterConfig, quantization_config
+from finetune.commands import parse_classes
 from finetune.conversations import PiscesDataCollator
 from finetune.data_loaders import load_data
 from finetune.data_schema import side_of
@@ -28,6 +28,7 @@ from finetune.packing import PackedRows, PackedStream, PackingCollator, token_le
 from finetune.picture_cache import CachedPictureCollator, PictureCache, UnopenedRows, open_cache
 from finetune.picture_keys import KINDS
 from finetune.sft_config import PiscesSFTConfig
+from modeling_pisces.arguments_pisces import UsageError
 
 
 logger = logging.get_logger(__name__)
@@ -102,17 +103,8 @@ def parse_flags(
     """
     recipe, training, adapter = parse_classes([arguments_class, training_class, AdapterConfig], arguments)
     if not adapter.model_name_or_path:
-        raise ValueError("--model_name_or_path is missing: give a checkpoint folder or its id on the Hub.")
+        raise UsageError("--model_name_or_path is missing: give a checkpoint folder or its id on the Hub.")
     return recipe, training, adapter
-
-
-def parse_classes(classes: list[Any], arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """An object of each dataclass, from flags and the YAML file of `--config`."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for place, argument in enumerate(arguments):
-        if argument.startswith("--config="):  # TrlParser reads only the form with a space, and is silent on this one
-            arguments[place : place + 1] = ["--config", argument.split("=", 1)[1]]
-    return TrlParser(classes).parse_args_and_config(arguments)
 
 
 def load_checkpoint(settings: AdapterConfig, training: PiscesSFTConfig, draws: bool) -> tuple[Any, Any]:

@@ -19,9 +19,8 @@ import yaml
 
 from finetune import best_of_n, lora_generation
 from finetune.best_of_n import BestOfNArguments
-from finetune.commands import run_command
+from finetune.commands import parse_classes, run_command
 from finetune.drawing_folder import keep_settings
-from finetune.recipe import parse_classes
 
 
 FREE = (*best_of_n.FREE, "rounds")  # what may change when a command goes on: more rounds may follow
@@ -39,9 +38,9 @@ class RejectionArguments(BestOfNArguments):
     output: str = field(metadata={"help": "folder; ROUND/drawings and ROUND/adapter go into it"})
 
     def __post_init__(self):
-        super().__post_init__()
         if self.rounds < 1:
             raise ValueError(f"--rounds {self.rounds}: expected at least 1.")
+        super().__post_init__()
         if self.adapter is not None or self.pairs:
             raise ValueError("--adapter and --pairs are for finetune.best_of_n; the first round draws with the base.")
         if not Path(self.sft_config).is_file():

@@ -5,7 +5,6 @@ files, never this code. What a scene is stands in `finetune.scene_layout`, what 
 `finetune.scene_text` and `finetune.scene_questions`, and what to draw for a score in `finetune.scene_prompts`.
 """
 
-import argparse
 import json
 import math
 import random
@@ -30,6 +29,7 @@ from finetune.scene_layout import (
 from finetune.scene_prompts import prompts_for_evaluation
 from finetune.scene_questions import questions
 from finetune.scene_text import caption_prompts
+from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, one_line
 
 
 __all__ = [
@@ -210,21 +210,21 @@ def _open_folder(folder: Path, settings: dict, num_scenes: int) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command: parse, write, or end with the reason on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m finetune.scenes", description=__doc__.splitlines()[0])
+    parser = LineParser(prog="python -m finetune.scenes", description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="data folder to write or to go on with")
-    parser.add_argument("--num_scenes", type=int, required=True, help="number of scenes the folder ends up with")
-    parser.add_argument("--seed", type=int, default=0, help="scene i depends on (seed, split, i) only")
+    parser.add_argument("--num_scenes", type=COUNT, required=True, help="number of scenes the folder ends up with")
+    parser.add_argument("--seed", type=SEED, default=0, help="scene i depends on (seed, split, i) only")
     parser.add_argument("--split", choices=SPLITS, default="train", help="train never shows held-out combinations")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels, 64 or more")
-    parser.add_argument("--max_objects", type=int, default=4, help="most objects in one scene, 1 to 4")
+    parser.add_argument("--size", type=COUNT, default=64, help="side of the pictures in pixels, 64 or more")
+    parser.add_argument("--max_objects", type=COUNT, default=4, help="most objects in one scene, 1 to 4")
     parser.add_argument(
         "--broad_colors", action="store_true", help="any vivid shade of each colour's name; for stage 0"
     )
     options = parser.parse_args(arguments)
     try:
         write_scenes(**vars(options))
-    except ValueError as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        sys.exit(one_line(error))
 
 
 if __name__ == "__main__":

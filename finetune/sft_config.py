@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from finetune.flag_ranges import check_ranges
+
 
 # Options of SFTConfig that would do nothing here or something wrong, with what to do instead.
 REFUSED = {
@@ -51,6 +53,7 @@ class PiscesSFTConfig(SFTConfig):
     hub_strategy: str = field(default="end", metadata={"help": "the adapter is pushed once, when it is finished"})
 
     def __post_init__(self):
+        check_ranges(self)  # first: what stands below divides by some of them
         if self.bf16 is None:
             self.bf16 = torch.accelerator.is_available() and not self.fp16 and not self.use_cpu
         if not torch.accelerator.is_available():

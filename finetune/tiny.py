@@ -26,6 +26,7 @@ from finetune.conversations import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
 from finetune.picture_data import load_pictures
 from finetune.train_gen_encoder import whiten_output
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
+from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, whole_number
 from modeling_pisces.generation_config_pisces import read_generation_config
 
 
@@ -257,21 +258,23 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     first = commands.add_parser("assemble", help="towers and tokenizer to a checkpoint that stage 1 starts from")
     for name in ("data", "vision_tower", "gen_vision_tower", "output"):
         first.add_argument(f"--{name}", type=Path, required=True)
     first.add_argument("--gen_head_type", choices=("mlp", "linear", "flow"), default="flow")
     first.add_argument("--gen_loss_type", choices=("mse", "cosine"), default="mse", help="loss of a regression head")
-    first.add_argument("--gen_pool_stride", type=int, default=2, help="patches per side of a generated vector")
+    first.add_argument("--gen_pool_stride", type=COUNT, default=2, help="patches per side of a generated vector")
     first.add_argument("--whiten", action="store_true", help="fold mean and deviation of the vectors into the tower")
     first.add_argument(
-        "--vision_feature_layer", type=int, help="layer to understand from; default: the tower's output"
+        "--vision_feature_layer",
+        type=whole_number(-1000, 1000),
+        help="layer to understand from; default: the tower's output",
     )
-    first.add_argument("--hidden_size", type=int, default=192, help="width of the language model, a multiple of 32")
-    first.add_argument("--num_hidden_layers", type=int, default=6, help="layers of the language model")
-    first.add_argument("--seed", type=int, default=0)
+    first.add_argument("--hidden_size", type=COUNT, default=192, help="width of the language model, a multiple of 32")
+    first.add_argument("--num_hidden_layers", type=COUNT, default=6, help="layers of the language model")
+    first.add_argument("--seed", type=SEED, default=0)
     first.set_defaults(command=assemble)
     split = commands.add_parser("towers", help="the two towers of a checkpoint to folders that assemble reads")
     for name in ("checkpoint", "output"):

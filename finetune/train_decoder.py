@@ -16,9 +16,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
-from finetune.commands import run_command
+from finetune.commands import parse_flags_of, run_command
 from finetune.latents import VaeTraining, build_vae, encode_latents, whiten_latents
 from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
 from finetune.train_gen_encoder import pooled_vectors
@@ -177,7 +177,7 @@ def train_unet(run: DecoderArguments, data: PictureData, heldout: PictureData) -
 
 def main(arguments: list[str] | None = None) -> Metrics:
     """Train one part; see the flags with --help."""
-    (run,) = HfArgumentParser(DecoderArguments).parse_args_into_dataclasses(arguments)
+    run = parse_flags_of(DecoderArguments, arguments)
     set_seed(run.seed)
     data = load_pictures(run.data)
     heldout = load_pictures(run.heldout or run.data, limit=64 if run.part == "unet" else 256)

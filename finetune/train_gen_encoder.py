@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
-from finetune.commands import run_command
+from finetune.commands import parse_flags_of, run_command
 from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
 from finetune.trainer import Metrics, RunArguments, full_precision_attention, run_evaluation, train, write_results
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
@@ -283,7 +283,7 @@ def held_out_metrics(model: GenEncoderTraining, data: PictureData, sheet: Path |
 
 def main(arguments: list[str] | None = None) -> Metrics:
     """Train, whiten, save; see the flags with --help."""
-    (run,) = HfArgumentParser(GenEncoderArguments).parse_args_into_dataclasses(arguments)
+    run = parse_flags_of(GenEncoderArguments, arguments)
     set_seed(run.seed)
     data = load_pictures(run.data)
     heldout = load_pictures(run.heldout or run.data, limit=512)

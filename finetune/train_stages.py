@@ -10,16 +10,17 @@ import copy
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
+from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
-from finetune.commands import run_command
+from finetune.commands import parse_flags_of, run_command
 from finetune.conversations import PiscesDataCollator, StageConversations, read_rows
 from finetune.picture_cache import PictureCache
 from finetune.picture_keys import fingerprint
@@ -188,5 +189,9 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
     return Path(run.output)
 
 
+def main(arguments: Sequence[str] | None = None) -> Path:
+    return train_stage(parse_flags_of(StageArguments, arguments))
+
+
 if __name__ == "__main__":
-    run_command(lambda: train_stage(HfArgumentParser(StageArguments).parse_args_into_dataclasses()[0]))
+    run_command(main)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser, SiglipVisionConfig, SiglipVisionModel, set_seed
+from transformers import SiglipVisionConfig, SiglipVisionModel, set_seed
 
-from finetune.commands import run_command
+from finetune.commands import parse_flags_of, run_command
 from finetune.picture_data import PictureData, TensorRows, load_pictures, patch_labels, to_pixel_values
 from finetune.scene_layout import BACKGROUNDS, COLORS, SHAPES, SIZES
 from finetune.trainer import Metrics, RunArguments, run_evaluation, train, write_results
@@ -113,7 +113,7 @@ def held_out_metrics(model: VisionTraining, data: PictureData) -> Metrics:
 
 def main(arguments: list[str] | None = None) -> Metrics:
     """Train and save; see the flags with --help."""
-    (run,) = HfArgumentParser(VisionArguments).parse_args_into_dataclasses(arguments)
+    run = parse_flags_of(VisionArguments, arguments)
     set_seed(run.seed)
     data = load_pictures(run.data)
     heldout = load_pictures(run.heldout or run.data, limit=512)

@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.trainer_utils import get_last_checkpoint
 
+from finetune.flag_ranges import check_ranges
 from finetune.picture_data import collate_rows
 from modeling_pisces.measurement_pisces import current_command, current_commit, describe_hardware
 
@@ -72,6 +73,9 @@ class RunArguments:
         default=False, metadata={"help": "bf16 products; twice as fast with avx512_bf16 or a GPU, far slower without"}
     )
     resume: bool = field(default=True, metadata={"help": "go on from the last checkpoint in OUTPUT if there is one"})
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 class WeightAverage(TrainerCallback):

@@ -16,6 +16,7 @@ from datasets import Dataset
 from finetune.adapter_card import write_card
 from finetune.adapters import train_in_full_precision
 from finetune.checkpoints import check_finite, whole_or_nothing
+from finetune.flag_ranges import check_ranges
 from finetune.recipe import RecipeArguments
 
 
@@ -59,6 +60,7 @@ class RunDefaults(TrainingArguments):
     hub_strategy: str = field(default="end", metadata={"help": "the adapter is pushed once, when it is finished"})
 
     def __post_init__(self):
+        check_ranges(self)  # first: what stands below divides by some of them
         if self.bf16 is None:
             self.bf16 = torch.accelerator.is_available() and not self.fp16 and not self.use_cpu
         if not torch.accelerator.is_available():

@@ -11,8 +11,10 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from .arguments_pisces import COUNT, EXIT_USAGE, SEED, LineParser, finite_number
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 DEFAULT_MODEL = "pisces-tiny"
 
 DESCRIPTION = "Ask a Pisces model about pictures, and let it draw."
@@ -43,11 +45,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in the same one line as every other error."""
-
-    def error(self, message):
-        self.exit(EXIT_USAGE, f"pisces: error: {message} (see `{self.prog} --help`)\n")
+class _Parser(LineParser):
+    judged_later = ("--question",)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_command(commands, name: str, summary: str, description: str, runs_model: bool = True) -> _Parser:
+def _add_command(commands, name: str, summary: str, description: str, runs_model: bool = True) -> LineParser:
     parser = commands.add_parser(
         name,
         help=summary,
@@ -108,7 +107,7 @@ def _add_describe(commands) -> None:
     )
     parser.add_argument(
         "--max_new_tokens",
-        type=_positive_int,
+        type=COUNT,
         help="longest answer, in tokens (default: the checkpoint's, or 128)",
     )
     _add_sheet(parser)
@@ -123,8 +122,8 @@ def _add_draw(commands) -> None:
         "with it, so the same prompt and seed give the same picture again.",
     )
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
-    parser.add_argument("--num_images", type=_positive_int, default=1, help="pictures per prompt")
-    parser.add_argument("--seed", type=int, default=0, help="start of the random numbers")
+    parser.add_argument("--num_images", type=COUNT, default=1, help="pictures per prompt")
+    parser.add_argument("--seed", type=SEED, default=0, help="start of the random numbers")
     _add_drawing_options(parser)
     _add_output(parser)
     _add_sheet(parser)
@@ -139,7 +138,7 @@ def _add_reconstruct(commands) -> None:
         "prints their paths.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture file, URL, or a folder of pictures")
-    parser.add_argument("--seed", type=int, default=0, help="start of the random numbers")
+    parser.add_argument("--seed", type=SEED, default=0, help="start of the random numbers")
     _add_drawing_options(parser)
     _add_output(parser)
     _add_sheet(parser)
@@ -158,10 +157,10 @@ def _add_info(commands) -> None:
 
 
 def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_positive_int, help="denoising steps (default: the pipeline's)")
+    parser.add_argument("--steps", type=COUNT, help="denoising steps (default: the pipeline's)")
     parser.add_argument(
         "--guidance_scale",
-        type=float,
+        type=finite_number(-1000, 1000),  # the pipeline knows which of these it takes
         help="how strongly the decoder follows the vectors; 1 is off (default: the pipeline's)",
     )
 
@@ -178,16 +177,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _add_sheet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sheet", metavar="FILE", help="also write all pictures with captions as one PNG")
-
-
-def _positive_int(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-    return number
 
 
 def _version() -> str:

@@ -12,6 +12,7 @@ from evaluation.run_files import describe_machine, keep_settings, one_line_error
 from evaluation.study.arms import BUDGETS
 from evaluation.study.report import check_page, report
 from evaluation.study.steps import Plan, run_plan
+from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
 
 
@@ -68,7 +69,7 @@ def write_report(options: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = LineParser(
         prog="python -m evaluation.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
@@ -77,14 +78,14 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of all that the study makes")
     one.add_argument("--model", default="pisces-tiny", help="checkpoint whose towers are used")
     one.add_argument("--budget", choices=BUDGETS, default="reduced", help="how much of everything; full wants a GPU")
-    one.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="more of them can be added later")
-    one.add_argument("--jobs", type=int, default=2, help="commands at a time, each on one thread")
+    one.add_argument("--seeds", type=SEED, nargs="+", default=SEEDS, help="more of them can be added later")
+    one.add_argument("--jobs", type=COUNT, default=2, help="commands at a time, each on one thread")
     one.add_argument("--bf16", action="store_true", help="bf16 products; faster with avx512_bf16 or a GPU")
     one.set_defaults(main=run)
 
     one = commands.add_parser("report", help="results file, plots and page from the scores")
     one.add_argument("--work", type=Path, default=Path("runs/study"))
-    one.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="those that were run")
+    one.add_argument("--seeds", type=SEED, nargs="+", default=SEEDS, help="those that were run")
     one.add_argument("--results", type=Path, default=Path("results/study.json"))
     one.add_argument("--page", type=Path, default=Path("docs/study.md"))
     one.add_argument("--check", action="store_true", help="compare only; fails where the page says something else")
@@ -95,14 +96,14 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--data", type=Path, nargs="+", required=True, help="data folders to learn from")
     one.add_argument("--heldout", type=Path, required=True, help="data folder for the ceiling")
     one.add_argument("--output", type=Path, required=True)
-    one.add_argument("--max_steps", type=int, default=1500)
+    one.add_argument("--max_steps", type=COUNT, default=1500)
     one.set_defaults(main=reader)
 
     one = commands.add_parser("check", help="hold a reader against a checkpoint's decoder")
     one.add_argument("--model", required=True, help="checkpoint with a decoder")
     one.add_argument("--reader", type=Path, required=True)
     one.add_argument("--data", type=Path, required=True)
-    one.add_argument("--num_drawings", type=int, default=200)
+    one.add_argument("--num_drawings", type=COUNT, default=200)
     one.add_argument("--output", type=Path, required=True)
     one.set_defaults(main=check)
 
@@ -111,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--reader", type=Path, required=True)
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--sides", default="ug")
-    one.add_argument("--num_questions", type=int, default=720)
+    one.add_argument("--num_questions", type=COUNT, default=720)
     one.add_argument("--output", type=Path, required=True)
     one.set_defaults(main=score)
     return parser

@@ -1,0 +1,124 @@
+"""Values of flags, judged while they are read: `LineParser`, and the types of numbers that its flags have.
+
+`int` and `float` take nan, inf, -1 and 10 ** 22, which do nothing, or something wrong, or end in a traceback an hour
+later. Every command of this repository that reads flags uses what is here.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+LARGEST = 2**31 - 1  # of a count that nobody has set a limit for
+EXIT_USAGE = 2
+
+
+class UsageError(ValueError):
+    """What the user gave cannot be used, found before any work; leads to exit code 2."""
+
+
+class LineParser(argparse.ArgumentParser):
+    """Reports a wrong flag in one line with exit code 2, and refuses empty values: as a path they mean this folder."""
+
+    judged_later: tuple[str, ...] = ()  # flags whose emptiness the command itself explains
+
+    def error(self, message: str):
+        name = self.prog.split()[-1] if self.prog.startswith("python -m ") else self.prog.split()[0]
+        self.exit(EXIT_USAGE, f"{name.split('.')[-1]}: error: {one_line(message)} (see `{self.prog} --help`)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        if (flag := find_empty(args)) and flag not in self.judged_later:
+            self.error(f"argument {flag}: the value is empty, expected one. Leave the flag out for its default")
+        return super().parse_known_args(args, namespace)
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """Run `main` as a command: what a user or the disk can cause is one line on stderr and exit code 1 or 2."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {one_line(error) or type(error).__name__}", file=sys.stderr)
+        sys.exit(EXIT_USAGE if isinstance(error, UsageError) else 1)
+
+
+def find_empty(args: Sequence[str]) -> str | None:
+    """The first flag whose value is empty or blank."""
+    for place, word in enumerate(args):
+        if not word.strip() and place and args[place - 1].startswith("--") and "=" not in args[place - 1]:
+            return args[place - 1]
+        if found := re.fullmatch(r"(--\w+)=\s*", word):
+            return found[1]
+    return None
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def whole_number(least: int | None = None, most: int = LARGEST) -> Callable[[str], int]:
+    """A type for flags: a whole number in a range, both ends included."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not (least is None or least <= value) or value > most:
+            raise argparse.ArgumentTypeError(f"{_short(text)}: expected a whole number {_range(least, most)}")
+        return value
+
+    return read
+
+
+def finite_number(
+    least: float | None = None, most: float | None = None, above: float | None = None
+) -> Callable[[str], float]:
+    """A type for flags: a finite number in a range; `least` and `most` are included, `above` is not."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        is_right = math.isfinite(value) and (least is None or value >= least) and (most is None or value <= most)
+        if not is_right or (above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"{_short(text)}: expected a number {_range(least, most, above)}")
+        return value
+
+    return read
+
+
+COUNT = whole_number(1)
+SHARE = finite_number(0, 1)
+SEED = whole_number(0, 2**32 - 1)  # what numpy and torch both take
+
+
+def _range(least: float | None, most: float | None, above: float | None = None) -> str:
+    if most == LARGEST and least is not None:
+        return f"of at least {least:g}"
+    low = f"above {above:g}" if above is not None else "" if least is None else f"from {least:.12g}"
+    high = "" if most in (None, LARGEST) else f"{'up ' if not low else ''}to {most:.12g}"
+    return " ".join(part for part in (low, high) if part) or "that is finite"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+__all__ = [
+    "COUNT",
+    "EXIT_USAGE",
+    "LARGEST",
+    "SEED",
+    "SHARE",
+    "LineParser",
+    "UsageError",
+    "finite_number",
+    "one_line",
+    "run_command",
+    "whole_number",
+]
