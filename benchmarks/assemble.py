@@ -29,7 +29,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from modeling_pisces.arguments_pisces import COUNT, LineParser, finite_number, run_command
+from modeling_pisces.arguments_pisces import COUNT, LineParser, finite_number
+from modeling_pisces.command_ending_pisces import run_command
 from modeling_pisces.measurement_pisces import write_result
 
 

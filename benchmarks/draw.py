@@ -10,7 +10,8 @@ import time
 import torch
 
 from modeling_pisces import PiscesPipeline
-from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command
+from modeling_pisces.arguments_pisces import COUNT, LineParser
+from modeling_pisces.command_ending_pisces import run_command
 from modeling_pisces.measurement_pisces import write_result
 
 

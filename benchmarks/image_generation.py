@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
-from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command
+from modeling_pisces.arguments_pisces import COUNT, LineParser
+from modeling_pisces.command_ending_pisces import run_command
 from modeling_pisces.measurement_pisces import paired, write_result
 
 

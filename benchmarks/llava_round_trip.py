@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from modeling_pisces import PiscesForConditionalGeneration
-from modeling_pisces.arguments_pisces import LineParser, run_command
+from modeling_pisces.arguments_pisces import LineParser
+from modeling_pisces.command_ending_pisces import run_command
 from modeling_pisces.measurement_pisces import write_result
 
 

@@ -12,7 +12,6 @@ in `--work` are not repeated.
 import argparse
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -20,7 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command, whole_number
+from modeling_pisces.arguments_pisces import COUNT, LineParser, whole_number
+from modeling_pisces.command_ending_pisces import run_command
+from modeling_pisces.file_writing_pisces import write_json
 from modeling_pisces.measurement_pisces import difference_interval, wilson_interval, write_result
 
 
@@ -64,12 +65,12 @@ def run(module: str, *flags: str) -> float:
         SystemExit: the command failed; its own error is on stderr.
     """
     print(f"== python -m {module} {shlex.join(flags)}", flush=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = os.times()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if subprocess.run([sys.executable, "-m", module, *flags], cwd=ROOT, env=environment).returncode:
         sys.exit(f"error: python -m {module} failed; the same command goes on from here.")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    after = os.times()  # Windows counts no children: 0 there
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def train(model: str, data: Path, side: str, extra: str, folder: Path) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def train(model: str, data: Path, side: str, extra: str, folder: Path) -> dict[s
         settings = f"{FLAGS[side]} {QUIET} {extra}".strip()
         seconds = run(f"finetune.{RECIPES[side]}", *flags, *shlex.split(settings))
         cost = {"recipe": RECIPES[side], "settings": settings, "processor_seconds": round(seconds, 1)}
-        record.write_text(json.dumps(cost) + "\n", encoding="utf-8")
+        write_json(record, cost, indent=None)
     return json.loads(record.read_text(encoding="utf-8"))
 
 

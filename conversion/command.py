@@ -1,14 +1,14 @@
-"""What the commands of this room have in common: shared flags, one line for an error, exit code 1.
+"""What the commands of this room have in common: shared flags, quiet libraries, one line for an error.
 
 Every `python -m conversion.<name>` builds its parser with `make_parser` and ends in `run_command(main)`. What a
 command does stays in its own module.
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 
 from modeling_pisces.arguments_pisces import LineParser
+from modeling_pisces.command_ending_pisces import one_line_ending
 from modeling_pisces.model_loading_pisces import quiet_libraries
 
 
@@ -24,20 +24,9 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def run_command(main: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> None:
-    """Run `main(arguments)` and leave the process: 0 when it returned, 1 after one line about what went wrong.
-
-    A ValueError or an OSError is about what the user gave or about the disk; anything else is a bug and keeps its
-    traceback.
-    """
-    try:
-        with quiet_libraries():
-            main(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written under the output's name", file=sys.stderr)
-        sys.exit(1)
+    """Run `main(arguments)` as the whole of a process, which ends as `modeling_pisces.command_ending_pisces` says."""
+    with one_line_ending(interrupted="interrupted; nothing was written under the output's name"), quiet_libraries():
+        main(arguments)
 
 
 __all__ = ["make_parser", "run_command"]

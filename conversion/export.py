@@ -72,7 +72,8 @@ def export(
     source = find_checkpoint(str(checkpoint), revision)
     check_checkpoint(source)
     text = build_card(source, None if card is None else Path(card), license)
-    with new_folder(output, overwrite) as folder:
+    with new_folder(output, overwrite) as held:
+        folder = held / "export"
         export_to_folder(source, None, folder, max_shard_size=max_shard_size)
         (folder / "README.md").write_text(text, encoding="utf-8")
         if push is not None or card is not None:
@@ -80,6 +81,9 @@ def export(
         if (source / "provenance.json").is_file():
             shutil.copyfile(source / "provenance.json", folder / "provenance.json")
         loaded = load_elsewhere(folder)
+        for path in sorted(folder.iterdir()):
+            path.rename(held / path.name)
+        folder.rmdir()
     shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in loaded.items())
     print(f"{output}: exported; loaded without this package in a fresh process: {shapes}")
     if push is None:

@@ -17,6 +17,7 @@ from conversion.parts import Part, open_part
 from conversion.verify_parts import COMPARISONS, WholeModel
 from modeling_pisces.arguments_pisces import LineParser, finite_number
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_json
+from modeling_pisces.command_ending_pisces import CommandFailed
 
 
 # Equal weights give equal numbers up to where they lie in memory; worst of the tiny parts, fp32: 0.0
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         print(format_table(rows))
     if failed:
-        raise ValueError(
+        raise CommandFailed(
             f"{options.checkpoint}: {failed[0].part}, {failed[0].compared}: differs by {failed[0].difference:.1e}, "
             f"more than {failed[0].tolerance:g} ({len(failed)} of {len(rows)} comparisons failed)."
         )

@@ -6,18 +6,19 @@ sees at once where the model is wrong. For work of your own there is the console
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, one_line
+from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
 from modeling_pisces.cli_commands_pisces import DEFAULT_QUESTION, answer_question
-from modeling_pisces.cli_files_pisces import UsageError, find_pictures
+from modeling_pisces.cli_files_pisces import find_pictures
+from modeling_pisces.command_ending_pisces import one_line_ending
 from modeling_pisces.contact_sheet_pisces import Section, Tile, make_contact_sheet
+from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import load_image
 from modeling_pisces.model_loading_pisces import load_pipeline, quiet_libraries
 
@@ -33,16 +34,7 @@ DEFAULT_PROMPTS = (
 
 
 def main() -> None:
-    """The command: what goes wrong is one line on stderr."""
     args = parse_arguments()
-    try:
-        with quiet_libraries():
-            show(args)
-    except (UsageError, ValueError, OSError) as error:
-        sys.exit(f"demo: error: {one_line(error)}")
-
-
-def show(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     folder = find_checkpoint(args.model)
     check_checkpoint(folder, with_decoder=True)
@@ -57,8 +49,7 @@ def show(args: argparse.Namespace) -> None:
     sections.append(Section("Reconstructions by encoder and decoder", reconstruct(pipeline, examples, args.seed)))
 
     path = Path(args.output) / "contact_sheet.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_contact_sheet(sections).save(path)
+    write_whole(path, make_contact_sheet(sections).save)
     print(f"done in {time.perf_counter() - start:.1f} s; look at {path.resolve()}")
 
 
@@ -136,4 +127,5 @@ def reconstruct(pipeline, examples: list[dict], seed: int) -> list[Tile]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_ending("demo: error: "), quiet_libraries():
+        main()

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.detectors import load_clip, to_unit
-from evaluation.run_files import identify_weights, write_whole
+from evaluation.run_files import identify_weights
+from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import load_image
 
 

@@ -27,13 +27,13 @@ from evaluation.run_files import (
     hash_files,
     identify_weights,
     keep_settings,
-    one_line_errors,
     parse_shard,
     take_shard,
-    write_whole,
 )
 from evaluation.summaries import seed_generators
 from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, finite_number
+from modeling_pisces.command_ending_pisces import one_line_ending
+from modeling_pisces.file_writing_pisces import write_whole
 
 
 def load_pipeline(arguments: argparse.Namespace) -> Any:
@@ -168,9 +168,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    with one_line_errors():
+    with one_line_ending():
         drawn = draw(options)
-    print(f"{options.output}: {drawn} new pictures")
+        print(f"{options.output}: {drawn} new pictures")
 
 
 if __name__ == "__main__":

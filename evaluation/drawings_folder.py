@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from evaluation.prompt_sets import GENEVAL_TASKS, Prompt
-from evaluation.run_files import write_whole
+from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import load_image
 
 
@@ -38,7 +38,7 @@ def write_metadata(folder: Path, prompt: Prompt) -> None:
     path = folder / f"{prompt.index:05d}" / "metadata.jsonl"
     if not path.is_file():
         text = json.dumps(prompt.metadata, ensure_ascii=False) + "\n"
-        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(path, text)
 
 
 def write_for_scorer(folder: Path, kind: str, prompt: Prompt, images_per_prompt: int) -> None:

@@ -9,6 +9,7 @@ results file, where a killed run goes on; `--shard 1/2` and `--shard 2/2` share 
 """
 
 import argparse
+import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,20 +24,19 @@ from evaluation.drawings_folder import picture_path, read_entries, read_run
 from evaluation.geneval_rules import Detect, NameColors, Thresholds, judge
 from evaluation.prompt_sets import check_geneval_row
 from evaluation.run_files import (
-    add_line,
     cut_half_line,
     describe_command,
     describe_machine,
     identify_weights,
     keep_settings,
-    one_line_errors,
     parse_shard,
     read_lines,
     take_shard,
-    write_json,
 )
 from evaluation.summaries import Outcomes, drawing_summary
 from modeling_pisces.arguments_pisces import COUNT, SHARE, LineParser, finite_number
+from modeling_pisces.command_ending_pisces import one_line_ending
+from modeling_pisces.file_writing_pisces import append_line, write_json
 from modeling_pisces.image_loading_pisces import load_image
 
 
@@ -84,7 +84,7 @@ def judge_pictures(
         entry = entries[prompt_index]
         verdict = judge(image, detect(image), entry, name_colors, thresholds)
         row = {"file": path.relative_to(drawings).as_posix(), "prompt": prompt_index, "image": image_index}
-        add_line(lines, row | {"tag": entry["tag"], **verdict._asdict()})
+        append_line(lines, json.dumps(row | {"tag": entry["tag"], **verdict._asdict()}, ensure_ascii=False))
 
 
 def read_verdicts(folder: Path) -> dict[Job, dict[str, Any]]:
@@ -184,12 +184,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    with one_line_errors():
+    with one_line_ending():
         results = score(options)
-    for name, item in (results or {"categories": {}})["categories"].items():
-        print(f"{name:<14} {item['value']:.3f} ({item['low']:.2f}-{item['high']:.2f}), {item['n']} pictures")
-    if results:
-        print(f"{'overall':<14} {results['overall']:.3f}, the mean of the tasks, by a variant of GenEval")
+        for name, item in (results or {"categories": {}})["categories"].items():
+            print(f"{name:<14} {item['value']:.3f} ({item['low']:.2f}-{item['high']:.2f}), {item['n']} pictures")
+        if results:
+            print(f"{'overall':<14} {results['overall']:.3f}, the mean of the tasks, by a variant of GenEval")
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ from evaluation.run_files import (
     describe_machine,
     hash_files,
     keep_settings,
-    one_line_errors,
-    write_json,
 )
 from modeling_pisces.arguments_pisces import LineParser
+from modeling_pisces.command_ending_pisces import one_line_ending
+from modeling_pisces.file_writing_pisces import write_json
 from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES, load_image
 
 
@@ -230,11 +230,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    with one_line_errors():
+    with one_line_ending():
         results = measure(options)
-    for name in ("clip_score", "cmmd", "fid"):
-        if name in results:
-            print(f"{name:<10} {results[name]['value'] if name == 'clip_score' else results[name]}")
+        for name in ("clip_score", "cmmd", "fid"):
+            if name in results:
+                print(f"{name:<10} {results[name]['value'] if name == 'clip_score' else results[name]}")
 
 
 if __name__ == "__main__":

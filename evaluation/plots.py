@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.compare import mean_of_tasks
+from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import open_picture
 
 
@@ -40,8 +41,8 @@ def make_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any
 
 
 def save_figure(figure: Any, output: Path, **texts: str) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110, metadata={"Software": None, **texts})  # equal numbers, equal bytes
+    # without the name of the software: equal numbers, equal bytes
+    write_whole(output, lambda part: figure.savefig(part, dpi=110, metadata={"Software": None, **texts}))
 
 
 # ---- curves

@@ -17,8 +17,9 @@ from typing import Any
 from evaluation.card import WRITER, Sources, fill, plot_of, read_scenes
 from evaluation.compare import compare
 from evaluation.plots import is_current, plot_curves, plot_scores, score_panels
-from evaluation.run_files import one_line_errors
 from modeling_pisces.arguments_pisces import LineParser
+from modeling_pisces.command_ending_pisces import CommandFailed, one_line_ending
+from modeling_pisces.file_writing_pisces import write_whole
 
 
 def named_scores(sources: Sources) -> dict[str, dict[str, Any]]:
@@ -41,13 +42,13 @@ def write_card(options: argparse.Namespace) -> None:
         stale = [str(page) for page, text in fresh.items() if text != page.read_text(encoding="utf-8")]
         stale += [] if is_current(plot, named) else [str(plot)]
         if stale:
-            raise ValueError(
+            raise CommandFailed(
                 f"{', '.join(stale)}: not what {options.results} says. Run {WRITER} card without --check."
             )
         return
     plot_scores(named, plot)
     for page, text in fresh.items():
-        page.write_text(text, encoding="utf-8")
+        write_whole(page, text)
     print("\n".join(map(str, [*fresh, plot])))
 
 
@@ -62,8 +63,7 @@ def write_comparison(options: argparse.Namespace) -> None:
         plot = options.output.with_suffix(".png")
         plot_scores(named, plot)
         page += f"\n![scores with intervals]({plot.name})\n"
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(page, encoding="utf-8")
+    write_whole(options.output, page)
     print(f"{options.output}: {len(worse)} clearly worse" + "".join(f"\n  {name}" for name in worse))
 
 
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    with one_line_errors():
+    with one_line_ending():
         options.write(options)
 
 

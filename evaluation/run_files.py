@@ -1,4 +1,4 @@
-"""What every restartable evaluation needs on disk: facts of a run, shards, whole-or-nothing writes, resumable lines.
+"""What every restartable evaluation needs on disk: facts of a run, shards, resumable lines.
 
 The commands of this room call it. A finished item is a file or a line that is there; a killed
 run leaves no half of one, so the same command goes on where it stopped.
@@ -10,28 +10,18 @@ import json
 import os
 import re
 import shlex
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import transformers
 
+from modeling_pisces.file_writing_pisces import write_json
 from modeling_pisces.measurement_pisces import current_commit, describe_hardware
 
 
 Item = TypeVar("Item")
-
-
-@contextmanager
-def one_line_errors(prefix: str = "") -> Iterator[None]:
-    """How every command of this room ends: what a user can cause is one line on stderr and exit code 1."""
-    try:
-        yield
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(prefix + " ".join(str(error).split()))
 
 
 def describe_machine() -> dict[str, Any]:
@@ -64,20 +54,6 @@ def identify_weights(source: str, hub_commit: str | None = None) -> str:
     if not (weights := sorted(Path(source).rglob("*.safetensors"))):
         raise ValueError(f"{source}: no safetensors in it, so nothing says which weights these are. Save them so.")
     return f"sha256 {hash_files(weights)}"
-
-
-def write_whole(path: Path, write: Callable[[Path], Any], prefix: str = ".") -> None:
-    """Let `write` fill a file beside `path`, named with a prefix, and move it there when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(prefix + path.name)
-    write(part)
-    os.replace(part, path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that two shards may write at once."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), prefix=f".{os.getpid()}.")
 
 
 def keep_settings(path: Path, settings: dict[str, Any], facts: dict[str, Any], flag: str = "--output") -> None:
@@ -141,8 +117,3 @@ def cut_half_line(path: Path) -> None:
     """Take half a line off the end of a file that may not exist, so that the next line begins on its own."""
     if path.is_file():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-
-
-def add_line(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from evaluation.summaries import Outcomes, batches, seed_generators
+from evaluation.kept_batches import KeptBatches
+from evaluation.summaries import Outcomes, seed_generators
 
 
 REQUEST = "describe the picture."
@@ -106,7 +107,7 @@ def _cell(place: str) -> tuple[int, int]:
 
 @torch.no_grad()
 def describe_drawings(
-    pipeline, prompts: list[dict], words: dict[str, Any], batch_size: int = 48
+    pipeline, prompts: list[dict], words: dict[str, Any], batch_size: int = 48, kept: KeptBatches | None = None
 ) -> tuple[Outcomes, list[dict]]:
     """Draw every prompt once (seed 0), ask for a description, and compare it with the prompt.
 
@@ -114,14 +115,14 @@ def describe_drawings(
         pipeline: a `PiscesPipeline` with its language model.
         prompts: rows of `prompts.jsonl`.
         words: "shapes" and "colors" of `shapes.json`.
+        kept: where a killed run goes on.
 
     Returns:
         outcomes by category, and the table of answers.
     """
     model, processor = pipeline.vision_language_model, pipeline.processor
-    outcomes: Outcomes = {}
-    table = []
-    for chunk in batches(prompts, batch_size, "describing drawings"):
+
+    def describe(chunk: list[dict]) -> list[dict]:
         texts = [prompt["prompt"] for prompt in chunk]
         vectors = pipeline.encode_prompt(texts, generator=seed_generators([0] * len(chunk)))
         conversations = [_conversation(text, row) for text, row in zip(texts, vectors, strict=True)]
@@ -130,10 +131,14 @@ def describe_drawings(
         ).to(model.device)
         output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
         answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for prompt, answer in zip(chunk, answers, strict=True):
-            correct = agrees(parse_description(answer, words["shapes"], words["colors"]), prompt)
-            outcomes.setdefault(prompt["tag"], []).append(correct)
-            table.append({"prompt": prompt["prompt"], "answer": answer, "correct": correct})
+        return [{"answer": answer} for answer in answers]
+
+    outcomes: Outcomes = {}
+    table = []
+    for prompt, said in (kept or KeptBatches()).run("describing drawings", prompts, batch_size, describe):
+        correct = agrees(parse_description(said["answer"], words["shapes"], words["colors"]), prompt)
+        outcomes.setdefault(prompt["tag"], []).append(correct)
+        table.append({"prompt": prompt["prompt"], **said, "correct": correct})
     return outcomes, table
 
 

@@ -6,7 +6,6 @@ validates itself on rendered pictures, where the truth is known, before anyone b
 """
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from PIL import ImageFilter
 from tqdm import tqdm
 
 from evaluation.scene_detector import Detection, detect_objects, load_silhouettes
-from modeling_pisces.arguments_pisces import COUNT, SHARE, LineParser, finite_number, one_line
+from modeling_pisces.arguments_pisces import COUNT, SHARE, LineParser, finite_number
+from modeling_pisces.command_ending_pisces import CommandFailed, one_line_ending
 from modeling_pisces.image_loading_pisces import load_image
 
 
@@ -225,14 +225,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--min_accuracy", type=SHARE, default=0.99, help="the bar for every single category")
     options = parser.parse_args(arguments)
-    try:
+    with one_line_ending():
         accuracies = validate(options.data, options.num_scenes, options.blur, options.noise)
-    except (ValueError, OSError) as error:
-        sys.exit(one_line(error))
-    print(json.dumps(accuracies, indent=2))
-    low = {name: value for name, value in accuracies.items() if value < options.min_accuracy}
-    if low:
-        sys.exit(f"below {options.min_accuracy}: {low}. Do not score drawings before every category reaches the bar.")
+        print(json.dumps(accuracies, indent=2))
+        low = {name: value for name, value in accuracies.items() if value < options.min_accuracy}
+        if low:
+            raise CommandFailed(
+                f"below {options.min_accuracy}: {low}. Do not score drawings before every category reaches the bar."
+            )
 
 
 if __name__ == "__main__":

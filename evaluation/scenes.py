@@ -2,6 +2,7 @@
 
 `python -m evaluation.scenes --model pisces-tiny --data HELDOUT --output results/NAME.json` writes one results file
 with every number, its confidence interval and its protocol, and next to it a sheet of drawings and a table of answers.
+The same command goes on where a killed one stopped.
 The data folder is written by `python -m finetune.scenes --split heldout`; the scorer is `evaluation.scene_scorer`.
 """
 
@@ -9,6 +10,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -17,14 +19,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from evaluation.run_files import describe_machine, one_line_errors
+from evaluation.kept_batches import KeptBatches
+from evaluation.run_files import describe_machine, hash_files, identify_weights, keep_settings
 from evaluation.scene_descriptions import describe_drawings
 from evaluation.scene_detector import detect_objects, load_silhouettes
 from evaluation.scene_scorer import score_prompt, score_scene
 from evaluation.summaries import (
     Outcomes,
     answer_summary,
-    batches,
     drawing_summary,
     save_sample,
     seed_generators,
@@ -32,6 +34,8 @@ from evaluation.summaries import (
 )
 from modeling_pisces.arguments_pisces import COUNT, LineParser, finite_number
 from modeling_pisces.checkpoint_files_pisces import find_checkpoint
+from modeling_pisces.command_ending_pisces import one_line_ending
+from modeling_pisces.file_writing_pisces import write_json, write_whole
 from modeling_pisces.image_loading_pisces import load_image
 from modeling_pisces.measurement_pisces import current_command
 
@@ -48,19 +52,27 @@ SCENES = {
 }
 
 
+DATA_FILES = ("scenes.jsonl", "prompts.jsonl", "shapes.json")
+
+
 def normalize_answer(text: str) -> str:
     return text.strip().lower().rstrip(".").strip()
 
 
 @torch.no_grad()
 def answer_questions(
-    pipeline, data: Path, rows: list[dict], wording: str, limit: int, batch_size: int = 64
+    pipeline,
+    data: Path,
+    rows: list[dict],
+    wording: str,
+    limit: int,
+    batch_size: int = 64,
+    kept: KeptBatches | None = None,
 ) -> tuple[Outcomes, list[dict]]:
     """Ask `limit` questions of the rows in the given wording ("question" or "paraphrase"); all types equally often."""
     model, processor = pipeline.vision_language_model, pipeline.processor
-    outcomes: Outcomes = defaultdict(list)
-    answered = []
-    for chunk in batches(_choose_questions(rows, limit), batch_size, f"answering ({wording})"):
+
+    def answer(chunk: list[tuple[dict, dict]]) -> list[dict]:
         conversations = [
             [{"role": "user", "content": [{"type": "image", "image": str(data / row["image"])}, _text(item[wording])]}]
             for row, item in chunk
@@ -70,13 +82,18 @@ def answer_questions(
         ).to(model.device)
         output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
         texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for (row, item), text in zip(chunk, texts, strict=True):
-            correct = normalize_answer(text) == normalize_answer(item["answer"])
-            outcomes[item["type"]].append(correct)
-            answered.append(
-                {"image": row["image"], "question": item[wording], "answer": text, "expected": item["answer"]}
-                | {"type": item["type"], "correct": correct}
-            )
+        return [{"answer": text} for text in texts]
+
+    outcomes: Outcomes = defaultdict(list)
+    answered = []
+    chosen = _choose_questions(rows, limit)
+    for (row, item), said in (kept or KeptBatches()).run(f"answering ({wording})", chosen, batch_size, answer):
+        correct = normalize_answer(said["answer"]) == normalize_answer(item["answer"])
+        outcomes[item["type"]].append(correct)
+        answered.append(
+            {"image": row["image"], "question": item[wording], **said, "expected": item["answer"]}
+            | {"type": item["type"], "correct": correct}
+        )
     return outcomes, answered
 
 
@@ -97,34 +114,64 @@ def _choose_questions(rows: list[dict], limit: int) -> list[tuple[dict, dict]]:
     return [pair for pairs in by_type.values() for pair in pairs[:share]]
 
 
-def reconstruct_scenes(pipeline, data: Path, rows: list[dict], silhouettes, batch_size: int = 50) -> Outcomes:
+def reconstruct_scenes(
+    pipeline, data: Path, rows: list[dict], silhouettes, batch_size: int = 50, kept: KeptBatches | None = None
+) -> Outcomes:
     """Encode and decode each picture, then compare what is seen with its truth."""
-    outcomes: Outcomes = defaultdict(list)
-    for chunk in batches(rows, batch_size, "reconstructing"):
+
+    def reconstruct(chunk: list[dict]) -> list[dict]:
         pictures = [load_image(data / row["image"]) for row in chunk]
         images = pipeline.reconstruct(pictures, generator=seed_generators(range(len(chunk)))).images
-        for row, image in zip(chunk, images, strict=True):
-            for name, value in score_scene(detect_objects(image, silhouettes), row["truth"]).items():
-                outcomes[name].append(value)
+        seen = [detect_objects(image, silhouettes) for image in images]
+        return [_as_bools(score_scene(found, row["truth"])) for found, row in zip(seen, chunk, strict=True)]
+
+    outcomes: Outcomes = defaultdict(list)
+    for _, scores in (kept or KeptBatches()).run("reconstructing", rows, batch_size, reconstruct):
+        for name, value in scores.items():
+            outcomes[name].append(value)
     return outcomes
 
 
+def _as_bools(scores: dict[str, Any]) -> dict[str, bool]:
+    return {name: bool(value) for name, value in scores.items()}  # what is read back is equal to what was kept
+
+
 def draw_prompts(
-    pipeline, prompts: list[dict], wording: str, images_per_prompt: int, silhouettes, batch_size: int = 50
+    pipeline,
+    prompts: list[dict],
+    wording: str,
+    images_per_prompt: int,
+    silhouettes,
+    batch_size: int = 50,
+    kept: KeptBatches | None = None,
 ) -> tuple[Outcomes, list[tuple[dict, Image.Image, dict]]]:
-    """Draw every prompt `images_per_prompt` times; seed k of a prompt is k, whatever the batch."""
-    jobs = [(prompt, seed) for prompt in prompts for seed in range(images_per_prompt)]
+    """Draw every prompt `images_per_prompt` times; seed k of a prompt is k, whatever the batch.
+
+    Returns:
+        outcomes by category, and each prompt with its first drawing and the scores of that.
+    """
+    kept = kept or KeptBatches()
+    jobs = [(number, seed) for number in range(len(prompts)) for seed in range(images_per_prompt)]
+
+    def draw(chunk: list[tuple[int, int]]) -> list[dict]:
+        texts = [prompts[number][wording] for number, _ in chunk]
+        images = pipeline(texts, generator=seed_generators(seed for _, seed in chunk)).images
+        rows = []
+        for (number, seed), image in zip(chunk, images, strict=True):
+            scores = _as_bools(score_prompt(detect_objects(image, silhouettes), prompts[number]))
+            shown = kept.keep_picture(image, f"{wording}_{number:05d}") if seed == 0 else None
+            rows.append({"scores": scores, "picture": shown})
+        return rows
+
     outcomes: Outcomes = defaultdict(list)
     drawn = []
-    for chunk in batches(jobs, batch_size, f"drawing ({wording})"):
-        texts = [prompt[wording] for prompt, _ in chunk]
-        images = pipeline(texts, generator=seed_generators(seed for _, seed in chunk)).images
-        for (prompt, _), image in zip(chunk, images, strict=True):
-            scores = score_prompt(detect_objects(image, silhouettes), prompt)
-            outcomes[prompt["tag"]].append(scores["correct"])
-            for name, value in scores.items():
-                outcomes[f"any/{name}"].append(value)
-            drawn.append((prompt, image, scores))
+    for (number, seed), row in kept.run(f"drawing ({wording})", jobs, batch_size, draw):
+        prompt, scores = prompts[number], row["scores"]
+        outcomes[prompt["tag"]].append(scores["correct"])
+        for name, value in scores.items():
+            outcomes[f"any/{name}"].append(value)
+        if seed == 0:
+            drawn.append((prompt, kept.open_picture(row["picture"]), scores))
     return outcomes, drawn
 
 
@@ -138,7 +185,7 @@ def save_sheet(drawn: list[tuple[dict, Image.Image, dict]], path: Path, per_cate
             mark = "" if scores["correct"] else "x "
             tiles[prompt["tag"]].append((prompt, Tile(image, mark + prompt["prompt"])))
     sections = [Section(tag, [tile for _, tile in pairs]) for tag, pairs in tiles.items()]
-    make_contact_sheet(sections, tile_side=128, columns=per_category).save(path)
+    write_whole(path, make_contact_sheet(sections, tile_side=128, columns=per_category).save)
 
 
 def load_pipeline(arguments: argparse.Namespace):
@@ -186,15 +233,35 @@ def describe_run(arguments: argparse.Namespace, pipeline, seconds: float) -> dic
     }
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run all parts and return the results file's content.
+def begin(arguments: argparse.Namespace, pipeline) -> KeptBatches:
+    """The folder beside the results file in which a killed run goes on.
 
     Raises:
-        ValueError: the data folder has no scenes or no prompts.
+        ValueError: it was begun with other flags, data or weights.
+    """
+    data, output = Path(arguments.data), Path(arguments.output)
+    names = ("num_questions", "num_reconstructions", "num_prompts", "images_per_prompt")
+    folder = output.with_name(output.stem + "_unfinished")
+    settings = {
+        "model": arguments.model,
+        "weights": identify_weights(str(find_checkpoint(arguments.model))),
+        "data_sha256": hash_files([data / name for name in DATA_FILES]),
+        **{name: getattr(arguments, name) for name in names},
+        "drawing": describe_settings(pipeline),
+    }
+    keep_settings(folder / "run.json", settings, describe_machine())
+    return KeptBatches(folder)
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run all parts and return the results file's content; a run that was killed goes on where it stopped.
+
+    Raises:
+        ValueError: the data folder has no scenes or no prompts, or the unfinished run had other settings.
     """
     start = time.monotonic()
     data = Path(arguments.data)
-    for name in ("scenes.jsonl", "prompts.jsonl", "shapes.json"):
+    for name in DATA_FILES:
         if not (data / name).is_file():
             raise ValueError(f"--data {data}: no {name} in it. Write one: python -m finetune.scenes --split heldout.")
     rows = [json.loads(line) for line in (data / "scenes.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -203,31 +270,32 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = prompts[: arguments.num_prompts]
     silhouettes = load_silhouettes(data)
     pipeline = load_pipeline(arguments)
+    kept = begin(arguments, pipeline)
 
     results: dict[str, Any] = {"benchmark": "scenes", "model": arguments.model}
     for wording in ("question", "paraphrase"):
-        outcomes, answered = answer_questions(pipeline, data, rows, wording, arguments.num_questions)
+        outcomes, answered = answer_questions(pipeline, data, rows, wording, arguments.num_questions, kept=kept)
         results[f"understanding_{wording}"] = answer_summary(outcomes)
         if wording == "question":
             table = answered
     results["reconstruction"] = summarize(
-        reconstruct_scenes(pipeline, data, rows[: arguments.num_reconstructions], silhouettes)
+        reconstruct_scenes(pipeline, data, rows[: arguments.num_reconstructions], silhouettes, kept=kept)
     )
     for wording in ("prompt", "paraphrase"):
-        outcomes, drawn = draw_prompts(pipeline, prompts, wording, arguments.images_per_prompt, silhouettes)
+        outcomes, drawn = draw_prompts(pipeline, prompts, wording, arguments.images_per_prompt, silhouettes, kept=kept)
         results[f"drawing_{wording}"] = drawing_summary(outcomes)
         if wording == "prompt":
             sheet = drawn
     words = json.loads((data / "shapes.json").read_text(encoding="utf-8"))
-    outcomes, described = describe_drawings(pipeline, prompts, words)
+    outcomes, described = describe_drawings(pipeline, prompts, words, kept=kept)
     results["interleaved"] = drawing_summary(outcomes)
     results["run"] = describe_run(arguments, pipeline, time.monotonic() - start)
     output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     save_sheet(sheet, output.with_name(output.stem + "_drawings.png"))
     save_sample(table, output.with_name(output.stem + "_answers.json"))
     save_sample(described, output.with_name(output.stem + "_descriptions.json"))
+    write_json(output, results)  # last: where it is, the run is finished
+    shutil.rmtree(output.with_name(output.stem + "_unfinished"))
     return results
 
 
@@ -242,11 +310,11 @@ def main() -> None:
     parser.add_argument("--images_per_prompt", type=COUNT, default=4, help="drawings of each prompt")
     parser.add_argument("--image_temperature", type=finite_number(0, 100), help="instead of the checkpoint's own")
     parser.add_argument("--guidance_scale", type=finite_number(0, 1000), help="instead of the checkpoint's own")
-    with one_line_errors():
+    with one_line_ending():
         results = evaluate(parser.parse_args())
-    for name, part in results.items():
-        if isinstance(part, dict) and "overall" in part:
-            print(name, json.dumps(part["overall"]))
+        for name, part in results.items():
+            if isinstance(part, dict) and "overall" in part:
+                print(name, json.dumps(part["overall"]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Every benchmark of this room collects `Outcomes` in `batches` and sums them up h
 same.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from modeling_pisces.file_writing_pisces import write_json
 from modeling_pisces.measurement_pisces import wilson_interval
 
 
@@ -57,4 +57,4 @@ def answer_summary(outcomes: Outcomes) -> dict[str, Any]:
 
 def save_sample(table: list[dict], path: Path, limit: int = 60) -> None:
     """Every n-th row of a table, about `limit` of them, as JSON."""
-    path.write_text(json.dumps(table[:: max(len(table) // limit, 1)], indent=1) + "\n", encoding="utf-8")
+    write_json(path, table[:: max(len(table) // limit, 1)])

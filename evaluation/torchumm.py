@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from modeling_pisces.command_ending_pisces import EXIT_FAILED, end_command
+from modeling_pisces.file_writing_pisces import write_whole
+
 
 LOADING = ("model_path", "revision", "torch_dtype", "seed")
 DRAWING = ("num_images_per_prompt", "num_inference_steps", "guidance_scale", "negative_prompt", "height", "width")
@@ -126,8 +129,7 @@ class PiscesBackbone:
         pictures = self.pipeline(prompt, num_images_per_prompt=number, generator=generators, **options).images
         paths = _paths_for(output_path, number)
         for path, picture in zip(paths, pictures, strict=False):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            write_whole(path, picture.save)
         return {"image": pictures[0], "images": pictures, "saved_paths": [str(path) for path in paths]}
 
 
@@ -158,9 +160,10 @@ def main(arguments: list[str] | None = None) -> None:
         from umm.core import registry
         from umm.inference import pipeline
     except ImportError as error:
-        sys.exit(
+        end_command(
             f"TorchUMM cannot be imported ({error}). Clone github.com/AIFrontierLab/TorchUMM and put its src folder "
-            "on PYTHONPATH."
+            "on PYTHONPATH.",
+            EXIT_FAILED,
         )
     registry.register("backbone", PiscesBackbone.name, PiscesBackbone)
     # it would import every other model with packages of its own (torchvision among them), to use one

@@ -21,14 +21,14 @@ from evaluation.run_files import (
     describe_machine,
     identify_weights,
     keep_settings,
-    one_line_errors,
-    write_json,
 )
 from evaluation.understanding_harness import ROOT, Run, ask_and_score, check_data, probe
 from evaluation.understanding_results import collect_items, read_metrics, read_run, sum_up
 from evaluation.understanding_tasks import SUITE, Task
 from modeling_pisces.arguments_pisces import COUNT, LineParser
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
+from modeling_pisces.command_ending_pisces import one_line_ending
+from modeling_pisces.file_writing_pisces import write_json
 
 
 HARNESS_VARIABLE = "PISCES_LMMS_EVAL_PYTHON"
@@ -173,13 +173,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    with one_line_errors():
+    with one_line_ending():
         results = evaluate(options)
-    for name, item in results["tasks"].items():
-        interval = f" ({item['low']:.4g}-{item['high']:.4g})" if "low" in item else ""
-        part = "" if item["is_whole"] else ", not the whole task"
-        score = f"{item['value']:.4g}{interval}, {item['scale']}, {item['n']} items{part}"
-        print(f"{name:<24} {item['metric']:<22} {score}")
+        for name, item in results["tasks"].items():
+            interval = f" ({item['low']:.4g}-{item['high']:.4g})" if "low" in item else ""
+            part = "" if item["is_whole"] else ", not the whole task"
+            score = f"{item['value']:.4g}{interval}, {item['scale']}, {item['n']} items{part}"
+            print(f"{name:<24} {item['metric']:<22} {score}")
 
 
 if __name__ == "__main__":

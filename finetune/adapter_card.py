@@ -11,6 +11,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from modeling_pisces.file_writing_pisces import write_whole
+
 
 # What the table shows of the curve, in this order; evaluation's own names carry a prefix.
 SHOWN = ("loss", "text_loss", "image_loss", "image_r2")
@@ -67,8 +69,7 @@ def write_card(folder: str | Path, model: Any, history: list[dict], facts: Mappi
         f"Versions: peft {version('peft')}, trl {version('trl')}, transformers {version('transformers')}.",
     ]
     path = Path(folder) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ModelCard("\n\n".join(parts) + "\n").save(path)
+    write_whole(path, ModelCard("\n\n".join(parts) + "\n").save)
     return path
 
 

@@ -15,7 +15,6 @@ import argparse
 import gc
 import importlib.util
 import random
-import resource
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -29,8 +28,10 @@ from transformers.utils import logging
 from finetune import packed_attention
 from finetune.adapters import AdapterConfig, add_adapter
 from finetune.packing import pack_batch
+from finetune.sft_trainer import peak_memory_gib
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
-from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command
+from modeling_pisces.arguments_pisces import COUNT, LineParser
+from modeling_pisces.command_ending_pisces import run_command
 from modeling_pisces.measurement_pisces import write_result
 
 
@@ -256,7 +257,7 @@ def report(pisces: Any, made: dict[str, Any], step_s: float, device: str) -> dic
         "tokens_per_s": round(tokens_per_s, 1),
         "mfu": utilisation(num_parameters(text), tokens_per_s, device),
         "mfu_without_embeddings": utilisation(num_parameters(text, with_embeddings=False), tokens_per_s, device),
-        "peak_memory_gib": round(peak_memory_gib(device), 2),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
     }
 
 
@@ -272,12 +273,6 @@ def utilisation(num_weights: int, tokens_per_s: float, device: str) -> float | N
     name = torch.cuda.get_device_name() if device == "cuda" else device
     peak = next((tflops for board, tflops in PEAK_TFLOPS.items() if board in name), None)
     return None if peak is None else round(4 * num_weights * tokens_per_s / (peak * 1e12), 4)
-
-
-def peak_memory_gib(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:

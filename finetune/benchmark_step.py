@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -51,8 +50,9 @@ from finetune.conversations import PiscesDataCollator
 from finetune.packing import PackedRows, PackingCollator, token_lengths
 from finetune.picture_cache import CachedPictureCollator, PictureCache
 from finetune.precompute import precompute
-from finetune.sft_trainer import PiscesSFTConfig, PiscesSFTTrainer
-from modeling_pisces.arguments_pisces import COUNT, LineParser, run_command
+from finetune.sft_trainer import PiscesSFTConfig, PiscesSFTTrainer, peak_memory_gib
+from modeling_pisces.arguments_pisces import COUNT, LineParser
+from modeling_pisces.command_ending_pisces import run_command
 from modeling_pisces.image_loading_pisces import load_image
 from modeling_pisces.measurement_pisces import paired, write_result
 
@@ -196,7 +196,7 @@ def train_and_print_memory(side: str, steps: int) -> None:
         before = _resident_mib()
         for _ in range(steps):
             train_step(trainer, rows)
-    print(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, 1))
+    print(round(peak_memory_gib() * 1024 - before, 1))
 
 
 def _resident_mib() -> float:

@@ -25,11 +25,13 @@ from finetune.data_report import SourceReport, plural
 from finetune.data_schema import BadRecord, DataError, printable
 from finetune.data_spec import DataSpec, parse_specs
 from finetune.packing import token_lengths
-from modeling_pisces.arguments_pisces import EXIT_USAGE, LineParser, whole_number
+from modeling_pisces.arguments_pisces import LineParser, whole_number
+from modeling_pisces.command_ending_pisces import EXIT_FAILED, EXIT_OK, CommandEnd, one_line_ending
 from modeling_pisces.contact_sheet_pisces import make_contact_sheet
+from modeling_pisces.file_writing_pisces import write_whole
 
 
-EXIT_OK, EXIT_BAD_DATA = 0, 1
+EXIT_BAD_DATA = EXIT_FAILED
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -139,11 +141,12 @@ def write_sheet(reports: list[SourceReport], path: str) -> None:
     """Write the previews of all sources as one picture.
 
     Raises:
-        DataError: there is nothing to show, or the file cannot be written.
+        DataError: there is nothing to show.
+        WriteError: the file cannot be written.
     """
     try:
-        make_contact_sheet([section for report in reports for section in report.sections()]).save(path)
-    except (ValueError, OSError) as error:
+        write_whole(path, make_contact_sheet([section for report in reports for section in report.sections()]).save)
+    except ValueError as error:
         raise DataError(f"--sheet {path}: {error}") from error
 
 
@@ -187,10 +190,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     args = build_parser().parse_args(argv)
     try:
-        return check(args)
-    except (ValueError, OSError) as error:
-        print(f"check_data: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE
+        with one_line_ending("check_data: error: "):
+            return check(args)
+    except CommandEnd as end:
+        return end.code
 
 
 if __name__ == "__main__":

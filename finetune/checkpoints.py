@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging
 
+from modeling_pisces.file_writing_pisces import WriteError
+
 
 logger = logging.get_logger(__name__)
 
@@ -74,7 +76,7 @@ def whole_or_nothing(checkpoint: Path) -> Iterator[None]:
     Every process of a run enters the block; one of them removes what an earlier attempt left.
 
     Raises:
-        OSError: writing failed; names the folder, the reason and the last checkpoint that is complete.
+        WriteError: writing failed; names the folder, the reason and the last checkpoint that is complete.
     """
     state = PartialState()
     if state.is_main_process:
@@ -87,7 +89,7 @@ def whole_or_nothing(checkpoint: Path) -> Iterator[None]:
         last = last_complete_checkpoint(checkpoint.parent)
         kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint yet"
         free_gib = shutil.disk_usage(checkpoint.parent).free / 2**30
-        raise OSError(
+        raise WriteError(
             f"{checkpoint} could not be written ({' '.join(str(error).split())}; {free_gib:.2f} GiB free) and was "
             f"removed. {kept}. Free some space or lower --save_total_limit, then start the same command again: it "
             "goes on from there."

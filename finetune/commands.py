@@ -1,7 +1,4 @@
-"""How every command of this room begins and ends: flags that are judged before any work, one line for every error.
-
-Exit code 2: wrong flags, and nothing was done; 1: it went wrong later.
-"""
+"""How every command of this room begins and ends: flags that are judged before any work, one line for every error."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +8,8 @@ import yaml
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from modeling_pisces.arguments_pisces import EXIT_USAGE, LineParser, UsageError, one_line
+from modeling_pisces import command_ending_pisces
+from modeling_pisces.arguments_pisces import LineParser, UsageError, one_line
 
 
 class RecipeParser(LineParser, TrlParser):
@@ -52,13 +50,5 @@ def _parse(parse: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run `main` as a command: what a user can cause ends in one line on stderr and exit code 1."""
-    try:
-        main()
-    except UsageError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+    """Run `main` as the whole of a process, which ends as `modeling_pisces.command_ending_pisces` says."""
+    command_ending_pisces.run_command(main, interrupted="interrupted; the same command goes on from what is finished")

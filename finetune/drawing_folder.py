@@ -6,12 +6,14 @@ it is, and with `pairs.jsonl` one for `dpo_generation`. Drawing and scoring are 
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image
 
+from modeling_pisces.file_writing_pisces import append_line, write_whole
 from modeling_pisces.measurement_pisces import current_commit, describe_hardware
 
 
@@ -67,9 +69,8 @@ def keep_settings(folder: Path, recipe: str, settings: dict[str, Any]) -> None:
     """
     record = folder / "run.yaml"
     if not record.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         facts = {"recipe": recipe, "commit": current_commit(), "hardware": describe_hardware()}
-        record.write_text(yaml.safe_dump(facts | {"settings": settings}, sort_keys=False), encoding="utf-8")
+        write_whole(record, yaml.safe_dump(facts | {"settings": settings}, sort_keys=False))
         return
     before = yaml.safe_load(record.read_text(encoding="utf-8"))["settings"]
     for name, value in settings.items():
@@ -103,10 +104,10 @@ class DrawingFolder:
     def _read_rows(self) -> list[dict[str, Any]]:
         if not self.metadata.is_file():
             return []
-        text = self.metadata.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self.metadata.write_text(whole, encoding="utf-8")
+        content = self.metadata.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            os.truncate(self.metadata, len(whole))
         return [json.loads(line) for line in whole.splitlines()]
 
     def prompts_left(self, prompts: list[Prompt]) -> list[tuple[int, Prompt]]:
@@ -137,14 +138,12 @@ class DrawingFolder:
         }
         if self.settings["pairs"] and scores[worst] < scores[best]:
             row["rejected_image"] = self._save(pictures[worst], "rejected", index)
-        with self.metadata.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_line(self.metadata, json.dumps(row, ensure_ascii=False))
         self.rows.append(row)
 
     def _save(self, picture: Image.Image, folder: str, index: int) -> str:
         name = f"{folder}/{index:06d}.png"
-        (self.path / folder).mkdir(exist_ok=True)
-        picture.save(self.path / name)
+        write_whole(self.path / name, picture.save)
         return name
 
     def finish(self) -> str:
@@ -158,7 +157,7 @@ class DrawingFolder:
         if not self.settings["pairs"]:
             return report
         lines = [_pair_line(row) for row in self.rows if "rejected_image" in row]
-        (self.path / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_whole(self.path / "pairs.jsonl", "".join(lines))
         return f"{report}; {len(lines)} pairs, in the other prompts all pictures scored the same"
 
 

@@ -9,7 +9,6 @@ get their part from `guard_record`. How a side is measured is in `guard_metrics`
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +25,7 @@ from finetune.data_schema import Row
 from finetune.guard_metrics import Metrics, measure_drawing, measure_losses, measure_understanding
 from finetune.guard_pictures import load_decoder, make_sheet, report_picture
 from finetune.guard_rows import GuardArguments
+from modeling_pisces.file_writing_pisces import write_json, write_whole
 
 
 logger = logging.get_logger(__name__)
@@ -204,16 +204,10 @@ class TwoSidedGuard(TrainerCallback):
     def _write(self) -> None:
         """Write `guard.json` anew, whole or not at all."""
         content = self.record() | {"rows": self._row_ids()}
-        path = self.folder / GUARD_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_json(self.folder / GUARD_FILE, content)
 
     def _keep_sheet(self, sheet: Any, step: int) -> None:
-        path = self.folder / "guard" / f"step-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        write_whole(self.folder / "guard" / f"step-{step:06d}.png", sheet.save)
         report_picture(self.trainer, sheet, step)
 
     def _warn(self, fall: Fall, step: int) -> str:

@@ -67,8 +67,9 @@ def whiten_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
     nobody has to know about a shift.
     """
     into, out = vae.quant_conv, vae.post_quant_conv
-    latents = encode_latents(vae, pictures).to(into.weight.device, torch.float64)
-    std, mean = (value.float() for value in torch.std_mean(latents, dim=(0, 2, 3), correction=0))
+    # sums in float64 stay on the CPU: not every device has it (MPS)
+    moments = torch.std_mean(encode_latents(vae, pictures).double(), dim=(0, 2, 3), correction=0)
+    std, mean = (value.float().to(into.weight.device) for value in moments)
     out.bias.add_(out.weight.flatten(1) @ mean)
     out.weight.mul_(std[None, :, None, None])
     num_channels = len(std)

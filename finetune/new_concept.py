@@ -11,7 +11,6 @@ import json
 import math
 import random
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,9 @@ from finetune.scene_prompts import prompts_for_evaluation
 from finetune.scene_questions import questions
 from finetune.scene_text import caption_prompts, pluralize, with_article
 from finetune.scenes import OUTLINES, render_scene, write_silhouettes
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, one_line, whole_number
+from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, whole_number
+from modeling_pisces.command_ending_pisces import one_line_ending
+from modeling_pisces.file_writing_pisces import whole_folder, write_json, write_whole
 
 
 QUESTIONS_PER_PICTURE = 6  # turns of one conversation, as in the third stage of pisces-tiny
@@ -174,7 +175,7 @@ def write_training(
     rows: dict[str, list[dict]] = {"drawing": [], "understanding": []}
     for index in tqdm(range(number), desc=name, unit="scene"):
         row, scene = make_scene_row(index, name, seed, concept, is_shown)
-        render_scene(scene).save(folder / row["image"])
+        write_whole(folder / row["image"], render_scene(scene).save, sync=False)
         rows["drawing"] += drawing_rows(row)
         rows["understanding"].append(understanding_row(row, concept, random.Random(row["id"])))
     for side, content in rows.items():
@@ -183,7 +184,7 @@ def write_training(
 
 
 def _write_lines(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---- held-out folders for evaluation.scenes ----
@@ -203,7 +204,7 @@ def write_heldout(folder: Path, number: int, seed: int, concept: Concept, is_sho
         if is_shown:
             row["questions"] = [item for item in row["questions"] if is_about(item, concept)] + row["absent"]
         row.pop("absent")
-        render_scene(scene).save(folder / row["image"])
+        write_whole(folder / row["image"], render_scene(scene).save, sync=False)
         rows.append(row)
     _write_lines(folder / "scenes.jsonl", rows)
     prompts = prompts_for_evaluation("train", seed)
@@ -242,7 +243,7 @@ def write_concept(
     """Write everything: `train/`, `concept/`, `others/` and `concept.json` with the counts.
 
     Args:
-        output: folder, new or empty.
+        output: folder, new or empty; whole afterwards, or as it was.
         concept: of `CONCEPTS`.
         num_pictures: pictures with the new thing to learn from.
         num_replay: ordinary pictures beside them, so that the old is not forgotten.
@@ -260,14 +261,15 @@ def write_concept(
         raise ValueError(f"{folder} is not empty. Choose another --output.")
     if concept.outline is not None:
         OUTLINES[concept.word] = list(concept.outline)
-    counts = {
-        "concept": write_training(folder / "train", "concept", num_pictures, seed, concept, is_shown=True),
-        "replay": write_training(folder / "train", "replay", num_replay, seed, concept, is_shown=False),
-    }
-    write_heldout(folder / "concept", num_heldout, seed + 1, concept, is_shown=True)
-    write_heldout(folder / "others", num_heldout, seed + 1, concept, is_shown=False)
-    summary = {"word": concept.word, "kind": concept.kind, "rgb": concept.rgb, "seed": seed, "train": counts}
-    (folder / "concept.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with whole_folder(folder, sync=False) as partial:
+        counts = {
+            "concept": write_training(partial / "train", "concept", num_pictures, seed, concept, is_shown=True),
+            "replay": write_training(partial / "train", "replay", num_replay, seed, concept, is_shown=False),
+        }
+        write_heldout(partial / "concept", num_heldout, seed + 1, concept, is_shown=True)
+        write_heldout(partial / "others", num_heldout, seed + 1, concept, is_shown=False)
+        summary = {"word": concept.word, "kind": concept.kind, "rgb": concept.rgb, "seed": seed, "train": counts}
+        write_json(partial / "concept.json", summary, indent=2)
     return folder
 
 
@@ -283,10 +285,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num_heldout", type=COUNT, default=240, help="pictures of each held-out folder")
     parser.add_argument("--seed", type=SEED, default=0, help="of every scene and every choice")
     options = vars(parser.parse_args(arguments))
-    try:
+    with one_line_ending(interrupted="interrupted; nothing was written under the output's name"):
         write_concept(concept=CONCEPTS[options.pop("concept")], **options)
-    except (ValueError, OSError) as error:
-        sys.exit(one_line(error))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ and repeated pictures are found; another tower, another size or another way to p
 import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset
 
 from finetune.picture_keys import KINDS, fingerprint, picture_key
 from modeling_pisces import PiscesForConditionalGeneration, PiscesProcessor
+from modeling_pisces.file_writing_pisces import write_json, write_whole
 
 
 INDEX_FILE = "cache.json"
@@ -126,9 +128,7 @@ class PictureCache:
                     "dtype, or write into another folder."
                 )
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": VERSION, **index, kind: entry}, indent=1) + "\n"
-        _write_whole(self.folder / INDEX_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        write_json(self.folder / INDEX_FILE, {"version": VERSION, **index, kind: entry})
 
     def add(self, kind: str, keys: list[bytes], values: torch.Tensor) -> None:
         """Write one shard, all of it or nothing."""
@@ -139,18 +139,8 @@ class PictureCache:
             "values": values.contiguous(),
         }
         path = self.folder / f"{kind}-{number:05d}.safetensors"
-        _write_whole(path, lambda part: save_file(tensors, part))
+        write_whole(path, partial(save_file, tensors), advice="Free space there and run again; it resumes.")
         self._read_keys(kind, path)
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error}). Free space there and run again; it resumes.") from error
 
 
 def open_cache(

@@ -22,6 +22,7 @@ from finetune.data_files import read_jsonl
 from finetune.data_paths import locate_file, locate_found
 from finetune.data_schema import DataError, show
 from finetune.scene_layout import COLORS, SHAPES, SIZES
+from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import load_image
 
 
@@ -165,6 +166,5 @@ def write_sheet(rows: Sequence[torch.Tensor], path: str | Path, scale: int = 2) 
     """Save pictures as one PNG to look at: one row of the sheet per tensor (n, 3, H, W) in [-1, 1]."""
     strips = [torch.cat(list(to_uint8(row)), dim=2) for row in rows]
     sheet = torch.cat(strips, dim=1).permute(1, 2, 0).numpy()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     size = (sheet.shape[1] * scale, sheet.shape[0] * scale)
-    Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(path)
+    write_whole(path, Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save)

@@ -21,6 +21,8 @@ from finetune import best_of_n, lora_generation
 from finetune.best_of_n import BestOfNArguments
 from finetune.commands import parse_classes, run_command
 from finetune.drawing_folder import keep_settings
+from modeling_pisces.command_ending_pisces import CommandFailed
+from modeling_pisces.file_writing_pisces import write_whole
 
 
 FREE = (*best_of_n.FREE, "rounds")  # what may change when a command goes on: more rounds may follow
@@ -64,17 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         history.append(summarize(number, scored, len(passed)))
         print(" ".join(f"{name} {value:.4g}" for name, value in history[-1].items()))
         if not passed:
-            raise ValueError(nothing_passed(number, scored, options.threshold))
+            raise CommandFailed(nothing_passed(number, scored, options.threshold))
         kept += [kept_row(row, number) for row in passed]
         data = output / f"kept_{number}.jsonl"
-        data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        write_whole(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
         # train: a new adapter on the base, from everything kept so far
         adapter = folder / "adapter"
         if not (adapter / "run.yaml").is_file():  # written last
             flags = ("--model_name_or_path", options.checkpoint, "--data", str(data), "--output_dir", str(adapter))
             lora_generation.main(["--config", options.sft_config, *flags])
-        (output / "rounds.yaml").write_text(yaml.safe_dump(history, sort_keys=False), encoding="utf-8")
+        write_whole(output / "rounds.yaml", yaml.safe_dump(history, sort_keys=False))
     print(f"{adapter}: the adapter of the last round")
     return output
 

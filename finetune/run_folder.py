@@ -24,6 +24,7 @@ from finetune.guard import guard_record, guard_table
 from finetune.recipe import RecipeArguments, Rows
 from finetune.sft_config import PiscesSFTConfig
 from finetune.sft_trainer import PiscesSFTTrainer
+from modeling_pisces.file_writing_pisces import WriteError, write_json, write_whole
 from modeling_pisces.measurement_pisces import current_commit, describe_hardware
 
 
@@ -46,7 +47,7 @@ def save_run(
         the folder.
 
     Raises:
-        OSError: the disk is full; the message names the checkpoint that holds the same weights.
+        WriteError: the disk is full; the message names the checkpoint that holds the same weights.
         ValueError: `--push_to_hub` with a base that others cannot find.
     """
     folder = Path(trainer.args.output_dir)
@@ -57,13 +58,13 @@ def save_run(
             _write_records(trainer, folder, name, recipe, adapter, rows)
     except WRITE_ERRORS as error:
         last = last_complete_checkpoint(folder)
-        raise OSError(
+        raise WriteError(
             f"the adapter could not be written to {folder} ({' '.join(str(error).split())}). "
             f"{f'Its weights are safe in {last}' if last else 'No checkpoint was kept'}. Free some space and start "
             "the same command again: nothing is trained twice."
         ) from error
     if not (folder / "adapter_model.safetensors").is_file() and trainer.is_world_process_zero():
-        raise OSError(
+        raise WriteError(
             f"{folder} got no adapter_model.safetensors. Under FSDP set fsdp_state_dict_type: FULL_STATE_DICT."
         )
     if trainer.args.push_to_hub and trainer.is_world_process_zero():
@@ -85,9 +86,10 @@ def _write_records(trainer, folder: Path, name: str, recipe, adapter: AdapterCon
         "guard": guard,
         "curve": trainer.state.log_history,
     }
-    (folder / "run.yaml").write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
     _name_base(folder, str(facts["base_model"]), adapter.model_revision)
     write_card(folder, trainer.model, trainer.state.log_history, facts)
+    # last: where it is, the run is finished
+    write_whole(folder / "run.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
 
 
 def _name_base(folder: Path, base: str, revision: str | None) -> None:
@@ -95,7 +97,7 @@ def _name_base(folder: Path, base: str, revision: str | None) -> None:
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"], config["revision"] = base, None if revision == "main" else revision
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(path, config, indent=2)
 
 
 def run_record(

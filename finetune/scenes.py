@@ -7,8 +7,8 @@ files, never this code. What a scene is stands in `finetune.scene_layout`, what 
 
 import json
 import math
+import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from finetune.scene_layout import (
 from finetune.scene_prompts import prompts_for_evaluation
 from finetune.scene_questions import questions
 from finetune.scene_text import caption_prompts
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, one_line
+from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser
+from modeling_pisces.command_ending_pisces import one_line_ending
+from modeling_pisces.file_writing_pisces import append_line, write_json, write_whole
 
 
 __all__ = [
@@ -145,10 +147,10 @@ def write_silhouettes(folder: Path, shapes: tuple[str, ...] = SHAPES, colors: di
     for index, shape in enumerate(shapes):
         middle = side / 2 - 0.5
         draw_shape(draw, shape, index * side + middle, middle, SILHOUETTE_RADIUS * SUPERSAMPLING, 255)
-    sheet.reduce(SUPERSAMPLING).save(folder / "shapes.png")
+    write_whole(folder / "shapes.png", sheet.reduce(SUPERSAMPLING).save)
     words = {"shapes": shapes, "side": SILHOUETTE_SIDE, "radius": SILHOUETTE_RADIUS, "colors": colors}
     words |= {"backgrounds": BACKGROUNDS, "lattice": LATTICE, "sizes": SIZES}
-    (folder / "shapes.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "shapes.json", words, indent=2)
 
 
 def write_scenes(
@@ -174,13 +176,13 @@ def write_scenes(
     settings["broad_colors"] = broad_colors
     first = _open_folder(folder, settings, num_scenes)
     write_silhouettes(folder)
-    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in prompts_for_evaluation(split, seed))
-    with (folder / "scenes.jsonl").open("a", encoding="utf-8") as file:
-        for index in tqdm(range(first, num_scenes), initial=first, total=num_scenes, desc="scenes", unit="scene"):
-            row, image = make_row(index, **settings)
-            image.save(folder / row["image"])
-            file.write(json.dumps(row) + "\n")
+    write_whole(
+        folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in prompts_for_evaluation(split, seed))
+    )
+    for index in tqdm(range(first, num_scenes), initial=first, total=num_scenes, desc="scenes", unit="scene"):
+        row, image = make_row(index, **settings)
+        write_whole(folder / row["image"], image.save, sync=False)
+        append_line(folder / "scenes.jsonl", json.dumps(row))  # after its picture: a line means that both are there
     return folder
 
 
@@ -195,16 +197,15 @@ def _open_folder(folder: Path, settings: dict, num_scenes: int) -> int:
             raise ValueError(f"{folder} holds scenes of {found}, asked for {settings}. Choose another --output.")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and has no settings.json of scenes. Choose another --output.")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    settings_path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-    rows = rows_path.read_text(encoding="utf-8").splitlines(keepends=True) if rows_path.exists() else []
-    if rows and not rows[-1].endswith("\n"):
-        rows.pop()  # an interrupted run left half a line
-        rows_path.write_text("".join(rows), encoding="utf-8")
+    content = rows_path.read_bytes() if rows_path.exists() else b""
+    rows = content[: content.rfind(b"\n") + 1].splitlines()
     if len(rows) > num_scenes:
         raise ValueError(
             f"{folder} already holds {len(rows)} scenes, asked for {num_scenes}. Choose another --output."
         )
+    write_json(settings_path, settings, indent=None)
+    if not content.endswith(b"\n") and content:
+        os.truncate(rows_path, content.rfind(b"\n") + 1)  # a killed run left half a line
     return len(rows)
 
 
@@ -221,10 +222,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--broad_colors", action="store_true", help="any vivid shade of each colour's name; for stage 0"
     )
     options = parser.parse_args(arguments)
-    try:
+    with one_line_ending(interrupted="interrupted; the same command goes on from the last scene"):
         write_scenes(**vars(options))
-    except (ValueError, OSError) as error:
-        sys.exit(one_line(error))
 
 
 if __name__ == "__main__":

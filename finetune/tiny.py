@@ -27,6 +27,7 @@ from finetune.picture_data import load_pictures
 from finetune.train_gen_encoder import whiten_output
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
 from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, whole_number
+from modeling_pisces.file_writing_pisces import whole_files, write_json
 from modeling_pisces.generation_config_pisces import read_generation_config
 
 
@@ -197,16 +198,18 @@ def assemble(
     model.model.gen_vision_tower.load_state_dict(gen_vision.state_dict())
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config.update(max_new_tokens=64, **ends)
-    model.save_pretrained(output)
-    make_processor(tokenizer, config).save_pretrained(output)
+    with whole_files(output) as folder:
+        model.save_pretrained(folder)
+        make_processor(tokenizer, config).save_pretrained(folder)
 
 
 def split_towers(checkpoint: Path, output: Path) -> None:
     """Write both towers of a checkpoint as folders of their own, `vision_tower` and `gen_vision_tower`."""
     model = PiscesForConditionalGeneration.from_pretrained(checkpoint)
     for name in ("vision_tower", "gen_vision_tower"):
-        getattr(model.model, name).save_pretrained(output / name)
-        forget_paths(output / name / "config.json")
+        with whole_files(output / name) as folder:
+            getattr(model.model, name).save_pretrained(folder)
+            forget_paths(folder / "config.json")
 
 
 def forget_paths(path: Path) -> None:
@@ -222,9 +225,7 @@ def forget_paths(path: Path) -> None:
         return [clean(item) for item in value] if isinstance(value, list) else value
 
     if path.name != "tokenizer.json":
-        path.write_text(
-            json.dumps(clean(json.loads(path.read_text(encoding="utf-8"))), indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(path, clean(json.loads(path.read_text(encoding="utf-8"))), indent=2, ensure_ascii=True)
 
 
 def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
@@ -233,14 +234,9 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
 
     from modeling_pisces.pipeline_pisces import PiscesPipeline
 
-    output.mkdir(parents=True, exist_ok=True)
     settings = read_generation_config(checkpoint)
     if PiscesConfig.from_pretrained(checkpoint).gen_head_type == "flow":  # the others do not sample
         settings.image_temperature = IMAGE_TEMPERATURE
-    for path in sorted(checkpoint.iterdir()):
-        if path.is_file() and path.name != "results.json":
-            shutil.copyfile(path, output / path.name)
-    settings.save_pretrained(output)
     pipeline = PiscesPipeline(
         unet=UNet2DConditionModel.from_pretrained(decoder / "unet"),
         vae=AutoencoderKL.from_pretrained(decoder / "vae"),
@@ -249,9 +245,14 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
         default_guidance_scale=GUIDANCE_SCALE,
         default_negative="zeros",  # `finetune.train_decoder` drops vectors to zeros
     )
-    pipeline.save_pretrained(output)
-    for path in sorted(output.rglob("*.json")):
-        forget_paths(path)
+    with whole_files(output) as folder:
+        for path in sorted(checkpoint.iterdir()):
+            if path.is_file() and path.name != "results.json":
+                shutil.copyfile(path, folder / path.name)
+        settings.save_pretrained(folder)
+        pipeline.save_pretrained(folder)
+        for path in sorted(folder.rglob("*.json")):
+            forget_paths(path)
     files = sorted(path for path in output.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(output)): path.stat().st_size for path in files}
     print(json.dumps({"bytes": sum(sizes.values()), "files": sizes}, indent=1))

@@ -23,6 +23,7 @@ from finetune.latents import VaeTraining, build_vae, encode_latents, whiten_late
 from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
 from finetune.train_gen_encoder import pooled_vectors
 from finetune.trainer import Metrics, RunArguments, run_evaluation, train, write_results
+from modeling_pisces.file_writing_pisces import whole_files
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
 
 
@@ -137,7 +138,8 @@ def train_vae(run: DecoderArguments, data: PictureData, heldout: PictureData) ->
     curve = train(model, rows, run, measure)
     whiten_latents(vae, data.pictures[:4096])  # enough for four channels of 256 places each
     metrics = run_evaluation(model, measure)
-    vae.save_pretrained(output)
+    with whole_files(output) as folder:
+        vae.save_pretrained(folder)
     write_results(run, "train_decoder vae", curve, metrics)
     return metrics
 
@@ -165,8 +167,10 @@ def train_unet(run: DecoderArguments, data: PictureData, heldout: PictureData) -
     def measure() -> Metrics:
         drawn = [model.sample(batch.to(unet.device)).cpu() for batch in heldout_vectors.split(64)]
         pixels = torch.cat([vae.decode(latents / vae.config.scaling_factor).sample for latents in drawn])
-        unet.save_pretrained(output)  # with the averaged weights: usable while the run goes on
-        model.scheduler.save_pretrained(output.parent / "scheduler")
+        with whole_files(output) as folder:
+            unet.save_pretrained(folder)  # with the averaged weights: usable while the run goes on
+        with whole_files(output.parent / "scheduler", last="scheduler_config.json") as folder:
+            model.scheduler.save_pretrained(folder)
         return picture_errors(pixels, heldout.pictures, output / "sheet.png")
 
     curve = train(model, TensorRows(latents=latents, vectors=vectors), run, measure)

@@ -21,6 +21,7 @@ from finetune.commands import parse_flags_of, run_command
 from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
 from finetune.trainer import Metrics, RunArguments, full_precision_attention, run_evaluation, train, write_results
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
+from modeling_pisces.file_writing_pisces import whole_files
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
 
 
@@ -235,9 +236,10 @@ def whiten_output(tower: PreTrainedModel, pictures: torch.Tensor, stride: int) -
             "standard deviation 1. Train the tower longer, or with a smaller output_size."
         )
     scale = std if last.weight.ndim == 1 else std[:, None]  # a norm has one weight per channel, a projection a row
-    weight, bias = last.weight.double().cpu() / scale, (last.bias.double().cpu() - mean) / std
-    last.weight.copy_(weight)
-    last.bias.copy_(bias)
+    # float64 on the CPU only: not every device has it (MPS)
+    weight, bias = last.weight.cpu().double() / scale, (last.bias.cpu().double() - mean) / std
+    last.weight.copy_(weight.to(last.weight.dtype))  # rounded here: copying to another device would send float64 there
+    last.bias.copy_(bias.to(last.bias.dtype))
 
 
 def caption_phrases(captions: list[list[str]]) -> torch.Tensor:
@@ -295,7 +297,8 @@ def main(arguments: list[str] | None = None) -> Metrics:
     curve = train(model, rows, run, lambda: held_out_metrics(model, heldout, output / "sheet.png"))
     metrics = run_evaluation(model, lambda: held_out_metrics(model, heldout, output / "sheet.png"))
     whiten_output(model.tower, data.pictures, run.pool_stride)
-    model.tower.save_pretrained(output)
+    with whole_files(output) as folder:
+        model.tower.save_pretrained(folder)
     write_results(run, "train_gen_encoder", curve, metrics)
     return metrics
 

@@ -16,17 +16,18 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForMultimodalLM, AutoProcessor, TrainingArguments
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
+from finetune.checkpoints import last_complete_checkpoint
 from finetune.commands import parse_flags_of, run_command
 from finetune.conversations import PiscesDataCollator, StageConversations, read_rows
 from finetune.picture_cache import PictureCache
 from finetune.picture_keys import fingerprint
 from finetune.precompute import precompute
-from finetune.trainer import CurveCallback, RunArguments, WeightAverage, write_results
+from finetune.trainer import CurveCallback, RunArguments, WeightAverage, WholeCheckpoints, write_results
 from modeling_pisces import PiscesForConditionalGeneration
+from modeling_pisces.file_writing_pisces import whole_files
 
 
 @dataclass
@@ -50,7 +51,7 @@ class StageArguments(RunArguments):
     num_workers: int = field(default=0, metadata={"help": "processes that prepare batches"})
 
 
-class PiscesTrainer(Trainer):
+class PiscesTrainer(WholeCheckpoints):
     """Trainer that logs both losses apart, and R^2 where the head regresses; rows come in the order of the dataset."""
 
     def __init__(self, *args, **kwargs):
@@ -172,7 +173,7 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
         callbacks=[average, CurveCallback(average, None, run.eval_steps)],
     )
     checkpoints = Path(run.output) / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if run.resume and checkpoints.is_dir() else None
+    last = last_complete_checkpoint(checkpoints) if run.resume else None
     torch.manual_seed(run.seed + arguments.process_index)  # each process draws noise of its own
     trainer.train(resume_from_checkpoint=last)
     if not trainer.is_world_process_zero():
@@ -180,8 +181,9 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
     average.swap()
     model.set_attn_implementation("sdpa")
     model.config.gen_input_noise = 0.0
-    model.save_pretrained(run.output)
-    processor.save_pretrained(run.output)
+    with whole_files(run.output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     final = {name: value for name, value in trainer.state.log_history[-2].items() if name.endswith("_loss")}
     write_results(run, f"train_stages {run.stage}", trainer.state.log_history, final)
     if not keep_checkpoints:

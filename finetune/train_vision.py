@@ -18,6 +18,7 @@ from finetune.commands import parse_flags_of, run_command
 from finetune.picture_data import PictureData, TensorRows, load_pictures, patch_labels, to_pixel_values
 from finetune.scene_layout import BACKGROUNDS, COLORS, SHAPES, SIZES
 from finetune.trainer import Metrics, RunArguments, run_evaluation, train, write_results
+from modeling_pisces.file_writing_pisces import whole_files
 
 
 MAX_OBJECTS = 4
@@ -122,7 +123,8 @@ def main(arguments: list[str] | None = None) -> Metrics:
     rows = TensorRows(**label_rows(data, image_size // run.patch_size))
     curve = train(model, rows, run, lambda: held_out_metrics(model, heldout))
     metrics = run_evaluation(model, lambda: held_out_metrics(model, heldout))
-    model.tower.save_pretrained(run.output)
+    with whole_files(run.output) as folder:
+        model.tower.save_pretrained(folder)
     write_results(run, "train_vision", curve, metrics)
     return metrics
 

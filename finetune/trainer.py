@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from torch.utils.data import Dataset
 from transformers import AttentionInterface, AttentionMaskInterface, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.trainer_utils import get_last_checkpoint
 
+from finetune.checkpoints import last_complete_checkpoint, whole_or_nothing
 from finetune.flag_ranges import check_ranges
 from finetune.picture_data import collate_rows
+from modeling_pisces.file_writing_pisces import write_json, write_whole
 from modeling_pisces.measurement_pisces import current_command, current_commit, describe_hardware
 
 
@@ -98,11 +100,10 @@ class WeightAverage(TrainerCallback):
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
 
-    def on_save(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_file({name: tensor.contiguous() for name, tensor in self.average.items()}, folder / AVERAGE_FILE)
+    def keep(self, checkpoint: Path) -> None:
+        """Write the average into a checkpoint's folder."""
+        average = {name: tensor.contiguous() for name, tensor in self.average.items()}
+        write_whole(checkpoint / AVERAGE_FILE, partial(save_file, average))
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -120,6 +121,18 @@ class WeightAverage(TrainerCallback):
             yield
         finally:
             self.swap()
+
+
+class WholeCheckpoints(Trainer):
+    """transformers' Trainer, whose checkpoints are whole, with the averaged weights in them, or not there."""
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with whole_or_nothing(folder):
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, WeightAverage) and self.is_world_process_zero():
+                    callback.keep(folder)  # before the trainer's state, which says that all is there
+            super()._save_checkpoint(model, trial)
 
 
 class CurveCallback(TrainerCallback):
@@ -205,7 +218,7 @@ def train(
         )
     average = WeightAverage(model, run.ema_decay)
     curve = CurveCallback(average, evaluate, run.eval_steps)
-    trainer = Trainer(
+    trainer = WholeCheckpoints(
         model=model,
         args=_training_arguments(run),
         train_dataset=rows,
@@ -213,7 +226,7 @@ def train(
         callbacks=[average, curve],
     )
     checkpoints = Path(run.output) / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if run.resume and checkpoints.is_dir() else None
+    last = last_complete_checkpoint(checkpoints) if run.resume else None
     trainer.train(resume_from_checkpoint=last)
     average.swap()
     return trainer.state.log_history
@@ -222,7 +235,6 @@ def train(
 def write_results(run: RunArguments, recipe: str, curve: list[dict[str, Any]], metrics: Metrics) -> Path:
     """Write what the run was and what it reached as JSON, print the metrics, and return the path."""
     path = Path(run.results or Path(run.output) / "results.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     results = {
         "recipe": recipe,
         "metrics": metrics,
@@ -240,6 +252,6 @@ def write_results(run: RunArguments, recipe: str, curve: list[dict[str, Any]], m
         "command": current_command(),
         "curve": curve,
     }
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(path, results)
     print(f"{recipe}: {json.dumps(metrics)} -> {path}", flush=True)
     return path

@@ -9,11 +9,11 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from .command_ending_pisces import EXIT_USAGE
 
 
 LARGEST = 2**31 - 1  # of a count that nobody has set a limit for
-EXIT_USAGE = 2
 
 
 class UsageError(ValueError):
@@ -34,15 +34,6 @@ class LineParser(argparse.ArgumentParser):
         if (flag := find_empty(args)) and flag not in self.judged_later:
             self.error(f"argument {flag}: the value is empty, expected one. Leave the flag out for its default")
         return super().parse_known_args(args, namespace)
-
-
-def run_command(main: Callable[[], Any]) -> None:
-    """Run `main` as a command: what a user or the disk can cause is one line on stderr and exit code 1 or 2."""
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {one_line(error) or type(error).__name__}", file=sys.stderr)
-        sys.exit(EXIT_USAGE if isinstance(error, UsageError) else 1)
 
 
 def find_empty(args: Sequence[str]) -> str | None:
@@ -111,7 +102,6 @@ def _short(text: str) -> str:
 
 __all__ = [
     "COUNT",
-    "EXIT_USAGE",
     "LARGEST",
     "SEED",
     "SHARE",
@@ -119,6 +109,5 @@ __all__ = [
     "UsageError",
     "finite_number",
     "one_line",
-    "run_command",
     "whole_number",
 ]

@@ -19,6 +19,7 @@ from .checkpoint_files_pisces import check_checkpoint, find_checkpoint
 from .checkpoint_info_pisces import describe_checkpoint, format_checkpoint
 from .cli_files_pisces import OutputPlace, UsageError, find_pictures, first_usable
 from .contact_sheet_pisces import Section, Tile, make_contact_sheet
+from .file_writing_pisces import write_whole
 from .model_loading_pisces import load_model, load_pipeline, quiet_libraries
 
 
@@ -202,8 +203,7 @@ def _finish(args: argparse.Namespace, results: list, errors: list, sections: lis
     summary = {"command": args.command, "results": results, "errors": errors}
     if args.sheet and results:
         sheet = Path(args.sheet).expanduser()
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        make_contact_sheet(sections).save(sheet)
+        write_whole(sheet, make_contact_sheet(sections).save)
         summary["sheet"] = str(sheet)
         if not args.json:
             print(f"contact sheet: {sheet}", file=sys.stderr)

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from .arguments_pisces import UsageError
+from .file_writing_pisces import write_whole
 from .image_loading_pisces import PICTURE_SUFFIXES, load_image
-
-
-class UsageError(Exception):
-    """What the user gave cannot be used; the message says why and what to do. Leads to exit code 2."""
 
 
 class OutputPlace:
@@ -48,7 +46,7 @@ class OutputPlace:
                 path = self.path / f"{words}_{seed}_{number}.png"
                 number += 1
         self.taken.add(path)
-        image.save(path)
+        write_whole(path, image.save)
         return str(path)
 
 

@@ -7,14 +7,14 @@ only when a command runs, so that `--help` and a wrong argument answer before th
 import argparse
 import json
 import sys
-import traceback
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
-from .arguments_pisces import COUNT, EXIT_USAGE, SEED, LineParser, finite_number
+from .arguments_pisces import COUNT, SEED, LineParser, finite_number
+from .command_ending_pisces import EXIT_OK, CommandEnd, one_line_ending
 
 
-EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 DEFAULT_MODEL = "pisces-tiny"
 
 DESCRIPTION = "Ask a Pisces model about pictures, and let it draw."
@@ -33,6 +33,7 @@ exit codes:
   0  everything was done
   1  something failed while running, or some of the pictures or prompts could not be used
   2  nothing was done: wrong arguments, an unusable checkpoint, or no usable picture or prompt
+  130  interrupted
 
 Answers go to standard output, everything else to standard error. `pisces COMMAND --help` tells more.
 """
@@ -190,31 +191,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; never raises for what a user can cause."""
     try:
         args = build_parser().parse_args(argv)
+        ending = {"every_error": True, "verbose": args.verbose, "tell": partial(_tell, args)}
+        with one_line_ending("pisces: error: ", **ending):
+            return _run(args)
+    except CommandEnd as end:
+        return end.code
     except SystemExit as stop:  # --help, --version and wrong arguments
         return EXIT_OK if stop.code is None else int(stop.code)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
-        from .cli_commands_pisces import UsageError, run_command
+        from .cli_commands_pisces import run_command
     except ImportError as error:
-        return _report(args, f"{error}. Install the missing package and try again.", EXIT_FAILED)
-    try:
-        return run_command(args)
-    except UsageError as error:
-        return _report(args, str(error), EXIT_USAGE)
-    except KeyboardInterrupt:
-        return _report(args, "interrupted", EXIT_INTERRUPTED)
-    except Exception as error:
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        return _report(args, f"{kind}{error}", EXIT_FAILED)
+        raise ImportError(f"{error}. Install the missing package and try again.") from error
+    return run_command(args)
 
 
-def _report(args: argparse.Namespace, message: str, code: int) -> int:
-    message = " ".join(message.split()) or "failed without a message; --verbose shows where"
+def _tell(args: argparse.Namespace, message: str, code: int) -> None:
     if args.json:
         print(json.dumps({"command": args.command, "error": message}))
-    if args.verbose:
-        traceback.print_exc()
-    print(f"pisces: error: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Users and `conversion.export` call the two. The folder carries the code it needs
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .checkpoint_files_pisces import DECODER_PARTS, check_checkpoint, read_json, weight_files
+from .file_writing_pisces import whole_folder
 from .generation_config_pisces import own_generation_config, read_generation_config
 from .hub_cards_pisces import check_card, default_card
 from .hub_checks_pisces import check_hub_folder
@@ -81,18 +83,13 @@ def export_to_folder(
         decoder_folder = source
     _check_parts(config, pipeline, decoder_folder)
 
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        _write_card(card, source, config, partial)
-        _write_model(model, source, config, max_shard_size, partial)
-        processor.save_pretrained(partial)
-        _write_decoder(pipeline, decoder_folder, max_shard_size, partial)
-        _write_code(partial)
-        check_hub_folder(partial, with_card=card is not None)
-        _replace(output, partial)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(output, partial(_check_output, output, overwrite)) as folder:
+        _write_card(card, source, config, folder)
+        _write_model(model, source, config, max_shard_size, folder)
+        processor.save_pretrained(folder)
+        _write_decoder(pipeline, decoder_folder, max_shard_size, folder)
+        _write_code(folder)
+        check_hub_folder(folder, with_card=card is not None)
     return output
 
 
@@ -233,20 +230,6 @@ def code_files(with_decoder: bool) -> list[Path]:
         modules.add(PIPELINE_CLASS[0])
     paths = [Path(__file__).with_name(f"{module}.py") for module in modules]
     return sorted({*paths, *(Path(needed) for path in paths for needed in get_relative_import_files(path))})
-
-
-def _replace(output: Path, partial: Path) -> None:
-    """Put the finished folder in place; an earlier one goes only after that has worked."""
-    earlier = output.with_name(f".{output.name}.earlier-{os.getpid()}")
-    if output.exists():
-        output.rename(earlier)
-    try:
-        partial.rename(output)
-    except OSError:
-        if earlier.exists():
-            earlier.rename(output)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
 
 
 __all__ = ["AUTO_MAP", "PushReport", "code_files", "export_to_folder", "push_folder"]

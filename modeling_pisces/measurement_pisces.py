@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .file_writing_pisces import write_json
+
 
 def current_commit() -> str | None:
     """The commit of this repository, with "+changes" when files differ from it; None outside a repository."""
@@ -99,6 +101,5 @@ def write_result(path: str, name: str, bar: str, measured: dict[str, Any]) -> No
         "commit": current_commit(),
         "hardware": describe_hardware(),
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(path, result)
     print(json.dumps(result, indent=1))

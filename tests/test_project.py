@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_pisces"
 ROOMS = ("modeling_pisces", "conversion", "finetune", "evaluation", "benchmarks", "demo")
 # what code that the Hub carries may import at the top: the loader refuses to run where anything else is missing
-HUB_IMPORTS = {"torch", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors", "tokenizers"}
+HUB_IMPORTS = {"torch", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors", "tokenizers", "filelock"}
 DIFFUSERS_FILES = ("pipeline_", "decoder_")  # reached from the pipeline only
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".jsonl", ".jinja", ".cfg", ""}
 
@@ -85,6 +85,50 @@ def test_the_package_needs_only_what_the_hub_loader_may_assume():
         known = allowed | ({"diffusers"} if path.name.startswith(DIFFUSERS_FILES) else set())
         wrong = {name for name in imported_modules(path, top_level_only=True) if name.split(".")[0] not in known}
         assert not wrong, f"{path.name} needs {wrong}; guard it with try, or keep it out of the package"
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import torch, transformers, diffusers, peft, trl, datasets  # only this project is on trial
+from diffusers import AutoencoderKL, DiffusionPipeline
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None  # an import of it fails, as on Windows
+count = 0
+for room in sys.argv[1:]:
+    for found in pkgutil.walk_packages([room], f"{room}."):
+        if found.name.rpartition(".")[2] != "__main__" and "lmms_eval_plugin" not in found.name:
+            importlib.import_module(found.name)
+            count += 1
+print(count)
+"""
+
+
+def test_every_module_of_every_room_imports_where_the_system_is_windows():
+    command = [sys.executable, "-W", "ignore", "-c", IMPORT_ALL, *ROOMS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) > 150
+
+
+def test_files_are_written_in_one_place():
+    """Results of commands go through `file_writing_pisces`; what stands here writes inside a folder of it, or a log."""
+    inside = {  # each of them is given a folder that appears whole
+        "modeling_pisces/hub_pisces.py",
+        "modeling_pisces/pipeline_loading_pisces.py",
+        "modeling_pisces/file_writing_pisces.py",
+        "finetune/tiny.py",
+        "evaluation/study/steps.py",  # the log of a step
+        "evaluation/understanding_harness.py",  # logs of the harness
+        "benchmarks/assemble.py",  # in a temporary folder
+    }
+    writing = re.compile(
+        r"write_text\(|write_bytes\(|open\(\"[wax]|, \"[wax]b?\"|json\.dump\(|savefig\(path|\.save\((path|folder)"
+    )
+    for room in ("modeling_pisces", "finetune", "evaluation", "benchmarks", "demo"):
+        for path in python_files(room):
+            if (name := path.relative_to(ROOT).as_posix()) not in inside:
+                found = writing.findall(path.read_text(encoding="utf-8"))
+                assert not found, f"{name} writes with {found}: take modeling_pisces.file_writing_pisces"
 
 
 def test_nothing_imports_torchvision():
@@ -160,6 +204,21 @@ def test_the_tested_versions_lie_inside_the_ranges():
             assert version in requirement.specifier, (
                 f"{requirement.name}=={version} is outside {requirement.specifier}"
             )
+
+
+def test_the_project_names_the_pythons_it_is_for():
+    project = read_toml()["project"]
+    named = [line.rpartition(" :: ")[2] for line in project["classifiers"] if re.search(r"Python :: 3\.\d+$", line)]
+    assert named == ["3.10", "3.11", "3.12", "3.13", "3.14"] and project["requires-python"] == ">=3.10"
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
+def test_each_python_has_one_tested_version_of_each_package(python):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and line[0] != "#"]
+    valid = [pin.name for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    assert len(set(valid)) == len(valid), f"two versions for Python {python}"
+    assert set(valid) == {pin.name for pin in pins}, f"no version for Python {python}"
 
 
 def test_commands_of_the_documents_are_targets_of_the_makefile():

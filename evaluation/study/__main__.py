@@ -8,12 +8,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evaluation.run_files import describe_machine, keep_settings, one_line_errors, write_json
+from evaluation.run_files import describe_machine, keep_settings
 from evaluation.study.arms import BUDGETS
 from evaluation.study.report import check_page, report
 from evaluation.study.steps import Plan, run_plan
 from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
+from modeling_pisces.command_ending_pisces import one_line_ending
+from modeling_pisces.file_writing_pisces import write_json
 
 
 SEEDS = [0, 1, 2, 3]
@@ -120,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
-    with one_line_errors("error: "):  # a command that failed is a ChildProcessError, which is an OSError
+    with one_line_ending():  # a command that failed is a ChildProcessError, which is an OSError
         options.main(options)
 
 

@@ -10,6 +10,7 @@ holds it against a real decoder and the scorer of pictures, where a checkpoint h
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from evaluation.run_files import write_json
 from evaluation.summaries import Outcomes, batches, seed_generators, summarize
+from modeling_pisces.file_writing_pisces import write_json, write_whole
 from modeling_pisces.image_loading_pisces import load_image
 
 
@@ -64,8 +65,7 @@ class VectorReader(nn.Module):
         return {name: torch.cat([part[name].argmax(-1) for part in parts]) for name in self.heads}
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / WEIGHTS_FILE)
+        write_whole(folder / WEIGHTS_FILE, partial(save_file, self.state_dict()))
         write_json(folder / SETTINGS_FILE, {"settings": {**self.settings, "words": self.words}, **facts})
 
     @classmethod

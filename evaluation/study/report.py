@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.card import replace_section, table
-from evaluation.run_files import describe_machine, write_json
+from evaluation.run_files import describe_machine
 from evaluation.study.arms import ARMS, BUDGETS, QUESTIONS
 from evaluation.study.plots import is_current, plot_question
+from modeling_pisces.file_writing_pisces import write_json, write_whole
 from modeling_pisces.measurement_pisces import current_command
 
 
@@ -192,7 +193,7 @@ def report(work: Path, seeds: list[int], results_path: Path, page: Path) -> None
     write_json(results_path, results)
     for name, path in plot_paths(page).items():
         plot_question(results, name, METRICS, path)
-    page.write_text(text, encoding="utf-8")
+    write_whole(page, text)
     print(f"{results_path}, {page} and {len(QUESTIONS)} plots beside it")
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation.run_files import write_json
 from evaluation.study.arms import ARMS, STARTS, Arm, Budget
+from modeling_pisces.file_writing_pisces import write_json
 
 
 ROOT = Path(__file__).parents[2]
@@ -191,9 +191,8 @@ def run_step(step: Step) -> None:
         done = subprocess.run([sys.executable, "-m", *step.command], env=environment, stdout=file, stderr=file)
     if done.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise ChildProcessError(
-            f"python -m {step.command[0]} failed, see {log}: {lines[-1] if lines else 'no output'}"
-        )
+        reason = lines[-1].removeprefix("error: ") if lines else "no output"
+        raise ChildProcessError(f"python -m {step.command[0]} failed, see {log}: {reason}")
     write_json(step.folder / RECORD, {"command": step.command, "seconds": round(time.monotonic() - start, 1)})
 
 

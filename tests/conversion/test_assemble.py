@@ -457,7 +457,7 @@ def test_an_interrupt_says_that_nothing_was_written(capsys):
 
     with pytest.raises(SystemExit) as stop:
         run_command(interrupted)
-    assert stop.value.code == 1
+    assert stop.value.code == 130
     assert capsys.readouterr().err == "error: interrupted; nothing was written under the output's name\n"
 
 
@@ -486,10 +486,10 @@ def test_the_command_writes_shards_and_says_what_is_new(parts, assembled, tmp_pa
     assert load_strictly(tmp_path / "pisces").config.gen_head_type == "flow"
 
 
-def test_a_mistake_ends_in_one_line_and_exit_code_1(parts, tmp_path, capsys):
+def test_a_mistake_ends_in_one_line_and_exit_code_2(parts, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_command(main, [*command_of(parts, tmp_path / "pisces"), "--decoder", str(parts / "siglip")])
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(f"error: decoder {parts / 'siglip'}: found config.json")
 

@@ -113,7 +113,7 @@ def test_files_that_cannot_be_compared_end_in_one_line(tmp_path, content, messag
         other.write_text(content)
     with pytest.raises(SystemExit, match=message) as stop:
         report.main(["compare", str(first), str(other), "--output", str(tmp_path / "page.md")])
-    assert "\n" not in stop.value.code and not (tmp_path / "page.md").exists()
+    assert "\n" not in str(stop.value) and not (tmp_path / "page.md").exists()
 
 
 def test_the_command_writes_the_page_and_names_what_got_worse(tmp_path, capsys):

@@ -283,7 +283,7 @@ def test_what_is_missing_or_unreadable_ends_in_one_line_and_no_score(drawings, l
     def refused(message: str) -> None:
         with pytest.raises(SystemExit, match=message) as stop:
             score((folder,), tmp_path / "out.json")
-        assert "\n" not in stop.value.code and not (tmp_path / "out.json").exists() and looker.looked == 0
+        assert "\n" not in str(stop.value) and not (tmp_path / "out.json").exists() and looker.looked == 0
 
     spoil(folder, lambda row: row.pop("tag"))
     refused("prompt 3: the tag is None")

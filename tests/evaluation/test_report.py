@@ -125,7 +125,7 @@ def test_a_plot_of_older_numbers_is_found(tmp_path):
     run_card(write_results(tmp_path), page)
     new = write_results(tmp_path, value=0.75)
     page.write_text(card.fill(page, card.Sources(new)))  # the text is up to date, the plot is not
-    with pytest.raises(SystemExit, match=r"^\S*toy_scores\.png: not what"):
+    with pytest.raises(SystemExit, match=r"^error: \S*toy_scores\.png: not what"):
         run_card(new, page, more=("--check",))
 
 
@@ -176,7 +176,7 @@ def test_a_file_that_is_no_result_of_the_scenes_ends_in_one_line(tmp_path, conte
     before = page.read_text()
     with pytest.raises(SystemExit, match=message) as stop:
         run_card(tmp_path / "toy.json", page)
-    assert "\n" not in stop.value.code and page.read_text() == before
+    assert "\n" not in str(stop.value) and page.read_text() == before
 
 
 def test_a_page_without_markers_or_without_a_file_is_refused_before_any_is_written(tmp_path):

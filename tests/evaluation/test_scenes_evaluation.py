@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from evaluation import scenes
+from evaluation.kept_batches import KeptBatches
 from evaluation.scene_detector import load_silhouettes
 from finetune.scenes import write_scenes
 from modeling_pisces.measurement_pisces import wilson_interval
@@ -112,3 +113,74 @@ def test_the_protocol_states_the_temperature_in_force_also_where_the_checkpoint_
     config = SimpleNamespace(default_num_inference_steps=20, default_guidance_scale=1.0)
     said = scenes.describe_settings(SimpleNamespace(config=config, vision_language_model=model))
     assert said == "20 steps, guidance 1.0" + (f", {words}" if words else "")
+
+
+# ---- going on after a kill
+
+
+class CountingPipeline(ScriptedPipeline):
+    """Answers with its question, draws by the seed, and is killed before the call of a given number."""
+
+    def __init__(self, killed_at: int | None = None):
+        super().__init__()
+        self.killed_at, self.calls = killed_at, 0
+
+    def _count(self):
+        if self.calls == self.killed_at:
+            raise KeyboardInterrupt
+        self.calls += 1
+
+    def generate(self, input_ids, **kwargs):
+        self._count()
+        return super().generate(input_ids, **kwargs)
+
+    def decode(self, ids, **kwargs):
+        return [self.asked[i][1]["text"] for i in ids.flatten()]
+
+    def reconstruct(self, pictures, generator):
+        self._count()
+        return SimpleNamespace(images=pictures)
+
+    def __call__(self, texts, generator):
+        self._count()
+        side = 64
+        colors = [tuple(torch.randint(0, 256, (3,), generator=one).tolist()) for one in generator]
+        return SimpleNamespace(images=[Image.new("RGB", (side, side), color) for color in colors])
+
+
+def run_parts(pipeline, data, rows, folder):
+    """Outcomes of all parts, in batches of two or three."""
+    kept = KeptBatches(folder)
+    prompts = [json.loads(line) for line in (data / "prompts.jsonl").read_text(encoding="utf-8").splitlines()][:4]
+    silhouettes = load_silhouettes(data)
+    answers = scenes.answer_questions(pipeline, data, rows, "question", 6, batch_size=3, kept=kept)
+    again = scenes.reconstruct_scenes(pipeline, data, rows[:4], silhouettes, batch_size=2, kept=kept)
+    outcomes, drawn = scenes.draw_prompts(pipeline, prompts, "prompt", 2, silhouettes, batch_size=3, kept=kept)
+    return answers, again, outcomes, [(prompt, image.tobytes(), scores) for prompt, image, scores in drawn]
+
+
+def test_a_run_that_is_killed_before_any_batch_goes_on_with_equal_results(data, rows, tmp_path):
+    whole = CountingPipeline()
+    expected = run_parts(whole, data, rows, None)
+    assert whole.calls > 6
+    for killed_at in range(whole.calls):
+        folder = tmp_path / str(killed_at)
+        with pytest.raises(KeyboardInterrupt):
+            run_parts(CountingPipeline(killed_at), data, rows, folder)
+        if killed_at:
+            with (folder / "batches.jsonl").open("a") as log:
+                log.write('{"part": "half a li')  # killed while it wrote
+        again = CountingPipeline()
+        assert run_parts(again, data, rows, folder) == expected
+        assert again.calls == whole.calls - killed_at
+        assert run_parts(CountingPipeline(0), data, rows, folder) == expected  # nothing is left to do
+
+
+def test_an_unfinished_run_of_other_flags_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "describe_settings", lambda pipeline: "20 steps")
+    flags = {"model": "pisces-tiny", "data": str(data), "output": str(tmp_path / "out.json"), "num_questions": 6}
+    flags |= {"num_reconstructions": 4, "num_prompts": 4, "images_per_prompt": 2}
+    scenes.begin(SimpleNamespace(**flags), None)
+    scenes.begin(SimpleNamespace(**flags), None)
+    with pytest.raises(ValueError, match=r"out_unfinished/run.json was begun with num_prompts 4, not 5"):
+        scenes.begin(SimpleNamespace(**flags | {"num_prompts": 5}), None)

@@ -183,13 +183,13 @@ def test_a_checkpoint_with_missing_weights_is_refused(start, tmp_path):
 
 @pytest.mark.parametrize("content, message", [("", "found no records"), ('{"words": "a"}\n', "rows.jsonl")])
 def test_data_without_a_usable_row_ends_in_one_line(content, message, start, tmp_path):
-    """As a command: no traceback, the reason on stderr, exit code 1."""
+    """As a command: no traceback, the reason on stderr, exit code 2."""
     (tmp_path / "rows.jsonl").write_text(content)
     program = [sys.executable, "-m", "finetune.lora_joint", "--model_name_or_path", str(start), "--use_cpu", "True"]
     flags = ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
     done = subprocess.run([*program, *flags], cwd=ROOT, capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("error: ") and message in last
+    assert done.returncode == 2 and last.startswith("error: ") and message in last
     assert "Traceback" not in done.stderr
 
 

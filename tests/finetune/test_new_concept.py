@@ -172,7 +172,7 @@ def test_a_folder_with_something_in_it_is_refused(folder):
 def test_the_command_ends_with_one_line(tmp_path):
     command = [sys.executable, "-m", "finetune.new_concept", "--output", str(tmp_path), "--num_replay", "0"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1 and result.stderr == "--num_replay 0: expected at least 1.\n"
+    assert result.returncode == 2 and result.stderr == "error: --num_replay 0: expected at least 1.\n"
 
 
 # ---- the benchmark's arithmetic ----

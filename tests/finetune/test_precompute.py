@@ -289,7 +289,7 @@ def test_wrong_flags_end_in_one_line(folder, tmp_path):
             precompute.main([*flags, *wrong])
     command = [sys.executable, "-m", "finetune.precompute", *flags]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: y: no such file or folder")
     assert "Traceback" not in result.stderr
 

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from modeling_pisces.file_writing_pisces import append_line
+
 
 # Where a task names no length; the usual one of lmms-eval's own models. Answers end earlier, at the end token.
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -113,8 +115,7 @@ class AnswerFile:
         """Keep one answer; on disk when this returns."""
         self.answers[key] = answer
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"question": key, "name": name, "answer": answer}) + "\n")
+            append_line(self.path, json.dumps({"question": key, "name": name, "answer": answer}))
 
 
 class Answerer:
