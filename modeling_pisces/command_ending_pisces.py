@@ -24,6 +24,8 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 class CommandEnd(SystemExit):
     """The end of a command: `str()` is the line that was printed, `code` the exit code."""
 
+    code: int
+
     def __init__(self, line: str, code: int):
         super().__init__(line)
         self.code = code
@@ -62,7 +64,7 @@ def one_line_ending(
         if isinstance(error, BrokenPipeError) and _takes_nothing(sys.stdout):
             _discard(sys.stdout)  # `pisces ... | head`: whoever read is gone, and so is who would read a message
             raise CommandEnd("nobody reads the output any more", EXIT_FAILED) from None
-        if _is_full(error) and error.filename is None and type(error) is OSError and _takes_nothing(sys.stdout):
+        if type(error) is OSError and _is_full(error) and error.filename is None and _takes_nothing(sys.stdout):
             error = _output_error(error)
         code = exit_code(error)
         if code is None and not (every_error and isinstance(error, Exception)):
