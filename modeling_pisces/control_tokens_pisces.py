@@ -329,12 +329,14 @@ class PlainTextTokenizer:
 
     def _encode(self, text: str, row: int, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
         control = self._typed.tokens
+        control_ids = set(control.values())
         before, after = self._added_around() if add_special_tokens else ([], [])
         ids, offsets, last = list(before), [(0, 0)] * len(before), 0
         for token, (start, end) in [*self._typed.find(text), (None, (len(text), len(text)))]:
             found_ids, found_offsets = self._encode_plain(text[last:start], last)
-            if made := next((name for name, index in control.items() if index in found_ids), None):
-                raise ValueError(f"row {row}: this tokenizer makes {made} of plain text. Rewrite the text.")
+            if made := control_ids & set(found_ids):
+                names = [name for name, index in control.items() if index in made]
+                raise ValueError(f"row {row}: this tokenizer makes {names[0]} of plain text. Rewrite the text.")
             ids, offsets, last = ids + found_ids, offsets + found_offsets, end
             if token is not None:
                 ids.append(control[token])
