@@ -52,7 +52,7 @@ def check_texts(pipeline: Any, texts: list[str]) -> None:
     Raises:
         ValueError: naming the prompt's number, for a control token or half a character in it.
     """
-    processor = getattr(pipeline, "processor", None)
+    processor: Any = getattr(pipeline, "processor", None)
     for index, text in enumerate(texts if processor is not None else []):
         try:
             processor.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
