@@ -54,7 +54,8 @@ def check_generation_values(folder: Path, settings: Any) -> None:
     """The settings of generation_config.json that the commands use.
 
     Raises:
-        ValueError: a temperature below 0 or no number, or a longest answer that is no positive whole number.
+        ValueError: a temperature below 0 or no number, a token that is no id, or a longest answer that is no
+            positive whole number.
     """
     path = folder / "generation_config.json"
     temperature = getattr(settings, "image_temperature", None)
@@ -62,6 +63,11 @@ def check_generation_values(folder: Path, settings: Any) -> None:
         raise ValueError(f"{path}: image_temperature is {temperature!r}, expected a number of at least 0. Repair it.")
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise ValueError(f"{path}: image_temperature is {temperature}, expected a number of at least 0. Repair it.")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(settings, name)
+        ids = given if isinstance(given, list) and given and name == "eos_token_id" else [given]
+        if given is not None and not all(type(token) is int for token in ids):
+            raise ValueError(f"{path}: {name} is {given!r}, expected the id of a token. Repair it.")
     length = settings.max_new_tokens
     if length is not None and (type(length) is not int or length < 1):
         raise ValueError(f"{path}: max_new_tokens is {length!r}, expected a whole number of at least 1. Repair it.")

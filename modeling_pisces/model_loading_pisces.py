@@ -142,11 +142,12 @@ def load_pipeline(folder: Path, device: str = "auto", dtype: str = "auto", trust
         pipeline = PiscesPipeline.from_pretrained(
             folder, vision_language_model=model, processor=processor, dtype=model.dtype, use_safetensors=True
         )
+        pipeline = pipeline.to(model.device)  # fails for a weight that the files lack; diffusers leaves it empty
         copy.deepcopy(pipeline.scheduler).set_timesteps(2)  # a setting that no scheduler knows fails only here
     except Exception as error:  # as above, and diffusers' own
         raise ValueError(f"{folder}: the decoder cannot be loaded ({_one_line(error)}).") from error
     pipeline.set_progress_bar_config(disable=None, leave=False)  # None: only where a person watches
-    return pipeline.to(model.device)
+    return pipeline
 
 
 def _one_line(error: Exception) -> str:

@@ -17,6 +17,8 @@ FOUND = [
     Change("unet/config.json", ("downsample_padding",), None),
     Change("tokenizer_config.json", ("model_max_length",), 1.5),
     Change("generation_config.json", ("image_temperature",), "wrong"),
+    Change("generation_config.json", ("bos_token_id",), ["wrong"]),
+    Change("vae/config.json", ("mid_block_add_attention",), 1.5),
     Change("scheduler/scheduler_config.json", ("timestep_spacing",), ["wrong"]),
 ]
 
@@ -41,6 +43,13 @@ def test_the_sample_is_taken_from_every_file_and_every_depth():
         ("generation_config.json", "image_temperature", float("nan"), r"image_temperature is nan, expected a number"),
         ("generation_config.json", "max_new_tokens", 2.5, r"max_new_tokens is 2\.5, expected a whole number|2\.5"),
         ("tokenizer_config.json", "model_max_length", "long", r"the processor cannot be built .*'int' and 'str'"),
+        (
+            "generation_config.json",
+            "eos_token_id",
+            [5, "5"],
+            r"eos_token_id is \[5, '5'\], expected the id of a token",
+        ),
+        ("generation_config.json", "pad_token_id", 2.0, r"pad_token_id is 2\.0, expected the id of a token"),
         ("tokenizer_config.json", "model_max_length", 0, r"model_max_length is 0, expected a whole number"),
     ],
 )
