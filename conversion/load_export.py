@@ -33,20 +33,23 @@ def load(folder: str) -> dict:
             raise ValueError(f"{len(keys)} {problem.replace('_', ' ')}, the first is {keys[0]}")
     model.eval()
     inputs = processor(text="a red circle", return_tensors="pt")
-    with torch.no_grad():
-        checks = {"text": model(**inputs).logits}
+    checks = {"text": lambda: model(**inputs).logits}
     has_decoder = (Path(folder) / "model_index.json").is_file()
     if model.config.gen_vision_config is not None and not has_decoder:
-        checks["vectors"] = model.generate(**inputs, generation_mode="image")
+        checks["vectors"] = lambda: model.generate(**inputs, generation_mode="image")
     if has_decoder:
-        checks["drawing"] = draw(folder, model, processor)
-    for name, tensor in checks.items():
+        checks["drawing"] = lambda: draw(folder, model, processor)
+    shapes = {}
+    for name, compute in checks.items():  # one by one: a drawing of bad text states would be refused in other words
+        with torch.no_grad():
+            tensor = compute()
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: holds values that are not finite")
+        shapes[name] = list(tensor.shape)
     for item in (model, processor):
         if not type(item).__module__.startswith("transformers_modules."):
             raise ValueError(f"{type(item).__name__} is not the folder's own code")
-    return {name: list(tensor.shape) for name, tensor in checks.items()}
+    return shapes
 
 
 def draw(folder: str, model, processor):

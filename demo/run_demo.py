@@ -34,7 +34,11 @@ DEFAULT_PROMPTS = (
 
 
 def main() -> None:
-    args = parse_arguments()
+    show(parse_arguments())
+
+
+def show(args: argparse.Namespace) -> None:
+    """Ask, draw and reconstruct, and write the sheet."""
     start = time.perf_counter()
     folder = find_checkpoint(args.model)
     check_checkpoint(folder, with_decoder=True)

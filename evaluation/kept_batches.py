@@ -14,6 +14,7 @@ from PIL import Image
 from evaluation.run_files import cut_half_line, read_lines
 from evaluation.summaries import batches
 from modeling_pisces.file_writing_pisces import append_line, write_whole
+from modeling_pisces.image_loading_pisces import load_image
 
 
 class KeptBatches:
@@ -63,4 +64,4 @@ class KeptBatches:
         return write_whole(self.folder / f"{name}.png", picture.save).name
 
     def open_picture(self, found: Any) -> Image.Image:
-        return found if self.folder is None else Image.open(self.folder / found)
+        return found if self.folder is None else load_image(self.folder / found)

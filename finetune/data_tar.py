@@ -108,8 +108,8 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
     @classmethod
-    def frombuffer(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        header = super().frombuffer(buf, encoding, errors)
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        header = super().frombuf(buf, encoding, errors)
         is_data = header.type in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE)
         if header.size < 0 or (not is_data and header.size > MAX_HEADER_BYTES):  # the latter is read into memory
             raise tarfile.InvalidHeaderError(f"a header of {header.size} bytes")

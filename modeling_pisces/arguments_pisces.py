@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from .command_ending_pisces import EXIT_USAGE
+from .command_ending_pisces import EXIT_USAGE, end_command
 
 
 LARGEST = 2**31 - 1  # of a count that nobody has set a limit for
@@ -26,8 +26,10 @@ class LineParser(argparse.ArgumentParser):
     judged_later: tuple[str, ...] = ()  # flags whose emptiness the command itself explains
 
     def error(self, message: str):
-        name = self.prog.split()[-1] if self.prog.startswith("python -m ") else self.prog.split()[0]
-        self.exit(EXIT_USAGE, f"{name.split('.')[-1]}: error: {one_line(message)} (see `{self.prog} --help`)\n")
+        name = (
+            self.prog.split()[-1] if self.prog.startswith("python -m ") else self.prog.split()[0].removesuffix(".py")
+        )
+        end_command(f"{message} (see `{self.prog} --help`)", EXIT_USAGE, f"{name.split('.')[-1]}: error: ")
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)

@@ -149,7 +149,8 @@ def _existing_file(path: Path) -> Path:
         with open(path, "rb"):
             return path
     except OSError as error:  # a name longer than the file system allows, or no permission
-        raise ValueError(f"{name[:80]}: cannot be opened ({error.strerror}). Check the path.") from error
+        short = name if len(name) <= 80 else f"...{name[-77:]}"  # the end says which file it is
+        raise ValueError(f"{short}: cannot be opened ({error.strerror}). Check the path.") from error
 
 
 def _read_url(url: str, name: str) -> bytes:

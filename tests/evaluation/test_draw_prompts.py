@@ -194,8 +194,8 @@ def test_dpg_bench_gets_squares_and_wise_single_pictures(pipeline, tmp_path, mon
     [
         (["--shard", "3/2"], "--shard 3/2: expected i/n with i from 1 to n"),
         (["--shard", "half"], "--shard half: expected i/n"),
-        (["--images_per_prompt", "0"], "--images_per_prompt 0: expected a number from 1"),
-        (["--batch_size", "-1"], "--batch_size -1: expected a number from 1"),
+        (["--images_per_prompt", "0"], "--images_per_prompt: '0': expected a whole number of at least 1"),
+        (["--batch_size", "-1"], "--batch_size: '-1': expected a whole number of at least 1"),
         (["--prompts", "geneval:gone.jsonl"], "nothing at gone.jsonl"),
         (["--rewritten", "gone.jsonl"], "gone.jsonl: no such file"),
     ],

@@ -298,7 +298,7 @@ def test_what_is_missing_or_unreadable_ends_in_one_line_and_no_score(drawings, l
 
 
 def test_a_threshold_that_no_score_can_pass_is_refused(drawings, looker, tmp_path):
-    with pytest.raises(SystemExit, match=r"the threshold score is 30.0; expected a part from 0 to 1"):
+    with pytest.raises(SystemExit, match=r"--threshold: '30': expected a number from 0 to 1"):
         score(drawings, tmp_path / "out.json", "--threshold", "30")
 
 

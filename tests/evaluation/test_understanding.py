@@ -259,7 +259,9 @@ def test_a_checkpoint_that_is_none_is_refused(score, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--limit", "--batch_size", "--num_processes"])
 def test_numbers_below_one_are_refused(score, flag):
-    assert score(make_plan(TASKS["mmvp"], 1), flag, "0") == f"{flag} 0: expected a number from 1."
+    assert f"argument {flag}: '0': expected a whole number of at least 1" in score(
+        make_plan(TASKS["mmvp"], 1), flag, "0"
+    )
 
 
 def test_a_path_that_the_harness_cannot_take_is_refused(score, checkpoint, tmp_path):
