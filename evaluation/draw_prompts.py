@@ -128,9 +128,6 @@ def draw(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: bad flags, a prompt set that is not whole, or a folder of other settings; before any drawing.
     """
-    for name in ("images_per_prompt", "batch_size"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected a number from 1.")
     shard = parse_shard(arguments.shard)
     prompts = load_prompts(arguments.prompts)
     texts = load_rewritten(arguments.rewritten, prompts) if arguments.rewritten else [item.text for item in prompts]

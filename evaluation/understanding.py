@@ -88,9 +88,6 @@ def prepare(arguments: argparse.Namespace, tasks: list[Task]) -> tuple[Run, dict
     Raises:
         ValueError: a flag, the checkpoint, a data set or the harness is not as it should be.
     """
-    for name in ("batch_size", "num_processes", "limit"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected a number from 1.")
     checkpoint = find_checkpoint(arguments.model, arguments.revision)
     check_checkpoint(checkpoint)
     if arguments.data:

@@ -26,9 +26,7 @@ class LineParser(argparse.ArgumentParser):
     judged_later: tuple[str, ...] = ()  # flags whose emptiness the command itself explains
 
     def error(self, message: str):
-        name = (
-            self.prog.split()[-1] if self.prog.startswith("python -m ") else self.prog.split()[0].removesuffix(".py")
-        )
+        name = self.prog.removeprefix("python -m ").split()[0].removesuffix(".py")
         end_command(f"{message} (see `{self.prog} --help`)", EXIT_USAGE, f"{name.split('.')[-1]}: error: ")
 
     def parse_known_args(self, args=None, namespace=None):
