@@ -22,6 +22,7 @@ from .image_loading_pisces import one_line
 
 # Roles that templates of all families know; others count as text unless the template names them
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_PICTURE_TOKENS = ("image_token", "gen_image_token", "gen_start_token", "gen_end_token")  # names of `PiscesProcessor`
 _STAND_INS = 0xF0000  # two planes of private characters, where no text has anything to say
 
 
@@ -107,7 +108,9 @@ class TypedTokens:
         Args:
             only: hide no more than one message (row, turn), or "tools", "documents" or one variable.
         """
-        names = self.tokenizer.special_tokens_map
+        # a caller hands the template the tokens by their own names; nobody's text comes that way
+        names = {*self.tokenizer.special_tokens_map}
+        names |= {name for name in _PICTURE_TOKENS if inputs.variables.get(name) in self.own}
         rows = [
             [self._message(m) if only in (None, (r, t)) else m for t, m in enumerate(row)]
             for r, row in enumerate(inputs.conversations)

@@ -47,6 +47,9 @@ class GenerationConfigMixin:
         )
         if not self.generation_config._from_model_config:
             return
+        if pretrained_model_name_or_path is None:  # weights given as a state_dict: there is no file to read
+            own_generation_config(self.generation_config)
+            return
         if generation_config is not None:
             values = generation_config.to_dict() | {"_from_model_config": None}
             self.generation_config = type(self.generation_config).from_dict(values)

@@ -393,3 +393,12 @@ def test_a_strip_too_thin_to_be_resized_is_refused_by_number(processor):
             processor(gen_images=[IMAGE["image"], thin])
     finally:
         processor.gen_image_processor.size = size
+
+
+def test_a_template_is_handed_the_picture_token_by_its_name_and_by_no_other(processor):
+    template = "{% for m in messages %}{% for p in m.content %}{{ image_token if p.type == 'image' else p.text }}{% endfor %}{% endfor %}"
+    asked = [user(IMAGE, text("what?"))]
+    prompt = processor.apply_chat_template(asked, chat_template=template, image_token="<|image|>")
+    assert prompt == "<|image|>what?"
+    renamed = template.replace("image_token", "extra")
+    assert "extra" in refusal(processor, asked, chat_template=renamed, extra="<|image|>")

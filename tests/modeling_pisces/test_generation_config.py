@@ -130,3 +130,10 @@ def test_an_export_of_a_folder_without_the_file_carries_no_flag(flagged, tmp_pat
     (flagged / "generation_config.json").unlink()
     settings = read_settings(export_to_folder(flagged, make_processor(), tmp_path / "export"))
     assert FLAG not in settings and settings["eos_token_id"] == make_model().config.text_config.eos_token_id
+
+
+def test_a_model_made_of_weights_alone_loads_without_a_folder():
+    model = make_model()
+    loaded = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+    assert not getattr(loaded.generation_config, FLAG)
