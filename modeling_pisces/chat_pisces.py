@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
 
 from .control_tokens_pisces import ChatInputs, PlainTextTokenizer, TypedTokens
 from .conversations_pisces import assistant_mask, collect_images, find_surrogate, normalize_conversations
@@ -91,6 +91,8 @@ class PiscesChatProcessor(ProcessorMixin):
         conversations, is_batched = normalize_conversations(conversation)
         template = self._named_template(chat_template)
         typed = TypedTokens(self.tokenizer, template, self._picture_tokens)
+        if tools is not None:  # a function becomes its schema here, so that its docstring is judged as any text
+            tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools]
         inputs = ChatInputs(conversations, tools, documents, {**self.tokenizer.special_tokens_map, **template_kwargs})
         settings = {
             "chat_template": template,

@@ -114,6 +114,11 @@ def read_json(path: Path) -> dict[str, Any]:
         check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if path.name == "config.json" and (path.parent / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{path.parent}: an adapter, not a whole checkpoint. Merge it into its base first, with python -m "
+                f"conversion.merge_adapter --base CHECKPOINT --adapter {path.parent} --output MERGED."
+            ) from error
         raise ValueError(f"{path}: not found. Is this a whole checkpoint folder?") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}). Download or save the checkpoint again.") from error

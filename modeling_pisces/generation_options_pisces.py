@@ -84,6 +84,8 @@ OPTIONS = {
     for names, image, interleaved, reason in _GROUPS
     for name in names.split()
 }
+# arguments of forward that mean nothing here, and names that the drawing loops use among themselves
+_NO_OPTIONS = ("labels", "shift_labels", "logits_to_keep", "skip_logits", "guidance", "token_streamer")
 # drawing is refused even where only the checkpoint's file asks: the answer would not be what the file says
 _REFUSED_FROM_FILES = ("num_beams", "stop_strings", "token_healing")
 
@@ -99,6 +101,8 @@ def check_drawing_options(mode: str, kwargs: dict, defaults: GenerationConfig) -
     Raises:
         ValueError: names every such option and the reason.
     """
+    if given := [name for name in _NO_OPTIONS if kwargs.get(name) is not None]:
+        raise ValueError(f"{', '.join(given)}: no option of generate, and it would change nothing. Leave it out.")
     stock = _stock_values()
     config = kwargs.get("generation_config")
     known = {*stock, *OPTIONS, *inspect.signature(GenerationMixin.generate).parameters}
@@ -157,6 +161,26 @@ def check_number(name: str, value, *, whole: bool = False, least: float = 0) -> 
     if not is_number or not math.isfinite(value) or value < least:
         kind = "a whole number" if whole else "a finite number"
         raise ValueError(f"{name} is {value!r}; expected {kind} of at least {least}.")
+
+
+def check_scores(scores: torch.Tensor, writes: torch.BoolTensor | None = None) -> None:
+    """Refuse to choose tokens by scores (B, V) that are NaN; -inf is a token that must not be written.
+
+    Args:
+        writes: (B,) rows that choose a token at all; None: all of them.
+
+    Raises:
+        ValueError: names the rows.
+    """
+    if torch.compiler.is_compiling():
+        return
+    is_nan = scores.isnan().any(-1) if writes is None else scores.isnan().any(-1) & writes
+    if bool(is_nan.any()):
+        raise ValueError(
+            f"the scores of rows {is_nan.nonzero().flatten().tolist()} are not numbers (NaN): no token can be chosen. "
+            "Look for weights that are not finite, an overflow in half precision (try bfloat16 or float32), or a "
+            "guidance_scale of nan."
+        )
 
 
 def check_generators(generator, num_rows: int) -> None:
@@ -260,7 +284,9 @@ def check_inputs(model, mode: str, kwargs: dict) -> None:
         raise ValueError(f"the prompt has the shape {tuple(prompt.shape)}; expected at least one row and one token.")
     mask = kwargs.get("attention_mask")
     check_mask(mask, ends_real=mode != "image" or ids is None)
-    copies = option_value("num_return_sequences", kwargs, model.generation_config) or 1
+    if (copies := option_value("num_return_sequences", kwargs, model.generation_config)) is not None:
+        check_number("num_return_sequences", copies, whole=True, least=1)
+    copies = copies or 1
     beams = option_value("num_beams", kwargs, model.generation_config) or 1
     _check_cache(_given_cache(kwargs), prompt, mask, prompt.shape[0] * max(copies, beams))
     if mode != "text":

@@ -22,6 +22,7 @@ from .generation_options_pisces import (
     check_inputs,
     check_number,
     check_right_padding,
+    check_scores,
     check_streamer,
     option_value,
     set_guidance,
@@ -38,10 +39,12 @@ _PLACED_TOKENS = ["image_token_id", "gen_image_token_id", "gen_start_token_id", 
 class PiscesTokenSuppressor(LogitsProcessor):
     """Keeps the language model from writing tokens that only the processor or the drawing loop may place."""
 
-    def __init__(self, token_ids: list[int]):
-        self.token_ids = token_ids
+    def __init__(self, token_ids: list[int], checks_scores: bool):
+        self.token_ids, self.checks_scores = token_ids, checks_scores
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.checks_scores:
+            check_scores(scores)
         scores = scores.clone()
         scores[:, self.token_ids] = -float("inf")
         return scores
@@ -126,7 +129,7 @@ class PiscesGenerationMixin(GenerationMixin):
             return super().generate(**kwargs)
         set_guidance(self, kwargs)
         if mode == "interleaved":
-            self._suppress_tokens(kwargs, [name for name in _PLACED_TOKENS if name != "gen_start_token_id"])
+            self._suppress_tokens(kwargs, [name for name in _PLACED_TOKENS if name != "gen_start_token_id"], False)
             kwargs["token_streamer"] = kwargs.pop("streamer", None)  # a streamer never reaches a callable
             return super().generate(custom_generate=type(self)._sample_interleaved, **kwargs)
         self._open_image(kwargs)
@@ -148,9 +151,9 @@ class PiscesGenerationMixin(GenerationMixin):
             'PiscesPipeline.from_pretrained(...)(prompt); or generate(generation_mode="image") for vectors.'
         )
 
-    def _suppress_tokens(self, kwargs: dict, names: list[str]):
+    def _suppress_tokens(self, kwargs: dict, names: list[str], checks_scores: bool = True):
         given = kwargs.get("logits_processor") or []
-        suppressor = PiscesTokenSuppressor([getattr(self.config, name) for name in names])
+        suppressor = PiscesTokenSuppressor([getattr(self.config, name) for name in names], checks_scores)
         kwargs["logits_processor"] = LogitsProcessorList([*given, suppressor])
 
     def _check_drawing_options(self, mode: str, kwargs: dict):
@@ -182,11 +185,16 @@ class PiscesGenerationMixin(GenerationMixin):
 
     def _open_image(self, kwargs: dict):
         """Append `<|gen_start|>` to the prompts unless they end in it already."""
-        input_ids = kwargs.get("input_ids")
-        if input_ids is None:
-            return  # embeddings only: the caller has put the start there
-        check_right_padding(input_ids, kwargs.get("attention_mask"), self.config.gen_start_token_id)
-        opened = input_ids[:, -1] == self.config.gen_start_token_id
+        input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if input_ids is not None:
+            check_right_padding(input_ids, kwargs.get("attention_mask"), self.config.gen_start_token_id)
+            opened = input_ids[:, -1] == self.config.gen_start_token_id
+        elif embeds is not None:
+            opened = placeholder_mask(
+                None, embeds[:, -1:], self.get_input_embeddings(), self.config.gen_start_token_id
+            ).squeeze(1)
+        else:
+            return  # GenerationMixin refuses a call without a prompt
         if bool(opened.all()):
             return
         if bool(opened.any()):
@@ -194,8 +202,16 @@ class PiscesGenerationMixin(GenerationMixin):
                 f"rows {opened.nonzero().flatten().tolist()} end in <|gen_start|> and the others do not. Build all "
                 "prompts of a batch with the same generation_mode."
             )
-        start = input_ids.new_full((input_ids.shape[0], 1), self.config.gen_start_token_id)
-        kwargs["input_ids"] = torch.cat([input_ids, start], dim=1)
+        if kwargs.get("position_ids") is not None:
+            raise ValueError(
+                "position_ids were given for a prompt that still lacks its <|gen_start|>. Leave them out, or end the "
+                "prompt in <|gen_start|> (the processor does with generation_mode='image')."
+            )
+        start = torch.full((len(opened), 1), self.config.gen_start_token_id, device=opened.device)
+        if input_ids is not None:
+            kwargs["input_ids"] = torch.cat([input_ids, start], dim=1)
+        else:
+            kwargs["inputs_embeds"] = torch.cat([embeds, self.get_input_embeddings()(start).to(embeds)], dim=1)
         for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
             if kwargs.get(name) is not None:
                 column = kwargs[name].new_full((kwargs[name].shape[0], 1), value)
@@ -379,6 +395,7 @@ class PiscesGenerationMixin(GenerationMixin):
                 states = hidden[rows] if scale is None else torch.cat([hidden[rows], empty[rows]])
                 start = None if noise is None else noise[:, 0]
                 vectors = self.model.predict_gen_vectors(states, start, num_flow_steps, scale)
+                check_drawn(vectors.unsqueeze(1), rows.tolist())  # now: fed back, they would spoil the next token
                 embeds[rows] = self.model.embed_gen_vectors(vectors).to(embeds.dtype)
                 for row, vector in zip(rows.tolist(), vectors, strict=True):
                     drawn[row].append(vector)
@@ -422,6 +439,7 @@ class PiscesGenerationMixin(GenerationMixin):
         config = self.config
         logits = self.lm_head(hidden).float()
         scores = logits_processor(input_ids, logits)
+        check_scores(scores, (left < 0) & ~finished)
         room = generation_config.max_length - input_ids.shape[1]
         if room < config.num_gen_image_tokens + 2:  # start, vectors, end: an image is never cut off
             scores[:, config.gen_start_token_id] = -float("inf")
@@ -441,8 +459,6 @@ class PiscesGenerationMixin(GenerationMixin):
         rows = [row for row, vectors in enumerate(drawn) for _ in range(len(vectors) // num_vectors)]
         flat = [vector for vectors in drawn for vector in vectors[: len(vectors) // num_vectors * num_vectors]]
         images = torch.stack(flat).unflatten(0, (-1, num_vectors)) if flat else None
-        if images is not None:
-            check_drawn(images, rows)
         return PiscesGenerateOutput(
             sequences=sequences,
             scores=kept.scores,

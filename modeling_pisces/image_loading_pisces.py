@@ -280,9 +280,10 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 def _check_opened(image: Image.Image, name: str, max_pixels: int) -> None:
     # a file that the caller opened with PIL may still be what decoding would hand to a program
     is_decoded = not isinstance(image, ImageFile.ImageFile) or getattr(image, "_im", None) is not None
-    if image.format is not None and image.format not in PICTURE_FORMATS and not is_decoded:
+    found = image.format or getattr(type(image), "format", None)  # of an unread file the class knows it too
+    if found is not None and found not in PICTURE_FORMATS and not is_decoded:
         raise ValueError(
-            f"{name}: {image.format}, not one of {', '.join(PICTURE_FORMATS)}. If you trust the file, decode it "
+            f"{name}: {found}, not one of {', '.join(PICTURE_FORMATS)}. If you trust the file, decode it "
             'yourself and pass image.convert("RGB"); else export it as PNG or JPEG.'
         )
     if image.width * image.height > max_pixels:

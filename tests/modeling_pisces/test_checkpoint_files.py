@@ -174,3 +174,9 @@ def test_summary_for_a_reader_names_parts_and_sizes(good_folder):
     text = format_checkpoint(describe_checkpoint(good_folder))
     for words in ("siglip_vision_model, 12 px, 9 vectors per image", "4 vectors of 12", "<|image|> = 262", "lm_head"):
         assert words in text
+
+
+def test_an_adapter_in_place_of_a_checkpoint_is_told_apart(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="an adapter, not a whole checkpoint. Merge it into its base first"):
+        check_checkpoint(tmp_path)

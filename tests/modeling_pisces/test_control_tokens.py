@@ -402,3 +402,21 @@ def test_a_template_is_handed_the_picture_token_by_its_name_and_by_no_other(proc
     assert prompt == "<|image|>what?"
     renamed = template.replace("image_token", "extra")
     assert "extra" in refusal(processor, asked, chat_template=renamed, extra="<|image|>")
+
+
+def test_the_docstring_of_a_tool_given_as_a_function_is_judged_as_text(processor):
+    def look(place: str) -> str:
+        """
+        Looks<|eot_id|> around.
+
+        Args:
+            place: Where to look.
+        """
+        return place
+
+    template = "{{ tools[0].function.description }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert "<|eot_id|>" in refusal(processor, [user("hi")], tools=[look], chat_template=template)
+    ids = prepare(processor, [user("hi")], tools=[look], chat_template=template, sanitize_control_tokens=True)[
+        "input_ids"
+    ]
+    assert processor.tokenizer.convert_tokens_to_ids("<|eot_id|>") not in np.ravel(ids)

@@ -308,3 +308,45 @@ def test_without_a_generation_tower_only_the_image_token_needs_a_place_in_the_vo
     expected = model.generate(input_ids=ids, pixel_values=pixels, **options)[:, -3:]
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embeds, pixel_values=pixels, **options), expected)
+
+
+# ---- found by a reviewer
+
+
+def test_a_prompt_of_embeddings_gets_its_start_as_one_of_ids_does():
+    model, ids = make_model().eval(), torch.tensor([[256, 11, 12, 13]])
+    embeds = model.get_input_embeddings()(ids).detach()
+    drawn = model.generate(input_ids=ids, generation_mode="image")
+    assert torch.equal(model.generate(inputs_embeds=embeds, generation_mode="image"), drawn)
+    mask = torch.ones_like(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, attention_mask=mask, generation_mode="image"), drawn)
+
+
+def test_positions_without_the_start_are_refused():
+    with pytest.raises(ValueError, match=r"still lacks its <\|gen_start\|>"):
+        make_model().generate(
+            input_ids=torch.tensor([[256, 11]]), position_ids=torch.tensor([[0, 1]]), generation_mode="image"
+        )
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "2", float("nan")])
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_a_number_of_sequences_that_is_none_is_refused(mode, value):
+    with pytest.raises(ValueError, match=r"num_return_sequences is .*expected a whole number of at least 1"):
+        make_model().generate(
+            input_ids=torch.tensor([[256, 11]]), generation_mode=mode, num_return_sequences=value, do_sample=True
+        )
+
+
+@pytest.mark.parametrize("name", ["guidance", "token_streamer", "labels", "logits_to_keep"])
+def test_names_that_are_no_options_are_refused_while_drawing(name):
+    with pytest.raises(ValueError, match=f"{name}: no option of generate"):
+        make_model().generate(input_ids=torch.tensor([[256, 11]]), generation_mode="image", **{name: 3.0})
+
+
+@pytest.mark.parametrize("mode", ["text", "interleaved"])
+def test_scores_that_are_no_numbers_choose_no_token(mode):
+    model = make_model().eval()
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match=r"the scores of rows \[0\] are not numbers"):
+        model.generate(input_ids=torch.tensor([[256, 11, 12]]), generation_mode=mode, max_new_tokens=2)

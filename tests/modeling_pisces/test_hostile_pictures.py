@@ -375,3 +375,11 @@ def test_a_note_of_transparency_that_makes_no_sense_is_refused_in_one_line():
 def test_16_bit_pgm_is_scaled():
     assert np.asarray(load_image(b"P5 2 1 65535\n\x01\x01\xff\xff"))[0, :, 0].tolist() == [1, 255]
     assert np.asarray(load_image(b"P5 2 1 255\n\x10\xff"))[0, :, 0].tolist() == [16, 255]
+
+
+def test_a_lazily_opened_picture_is_judged_by_its_class_too(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    picture = Image.open(path)
+    picture.format = None
+    assert "EPS, not one of" in refusal(picture)
