@@ -1,4 +1,4 @@
-"""Runs the suites in several environments and writes results/compatibility.json, and the table of docs/compatibility.md.
+"""Runs the suites in several environments and writes results/compatibility.json, and its table in README and docs.
 
     python tests/compatibility.py .venv/bin/python .venv-transformers-5.16.1/bin/python .venv-newest/bin/python
     python tests/compatibility.py --table
@@ -20,7 +20,7 @@ from tests.suite_runs import REPOSITORY, Counts, installed_versions, run_fast_su
 
 
 RESULTS = REPOSITORY / "results" / "compatibility.json"
-PAGE = REPOSITORY / "docs" / "compatibility.md"
+PAGES = (REPOSITORY / "docs" / "compatibility.md", REPOSITORY / "README.md")
 BEGIN, END = "<!-- table: begin, written by tests/compatibility.py -->", "<!-- table: end -->"
 _HEAD = ("transformers", "torch", "Python", "fast suite", "common tests of transformers")
 
@@ -92,7 +92,8 @@ def main() -> int:
     for python in args.pythons:
         runs = merge(runs, measure(python, args.workers, args.source))
         RESULTS.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(replace_table(PAGE.read_text(encoding="utf-8"), runs), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(replace_table(page.read_text(encoding="utf-8"), runs), encoding="utf-8")
     print(table(runs))
     return 1 if any(run[suite]["failed"] for run in runs for suite in ("fast_suite", "mixins")) else 0
 

@@ -52,11 +52,12 @@ def test_a_page_without_the_marks_is_refused():
         compatibility.replace_table("no marks", [])
 
 
-def test_the_page_shows_what_the_results_say():
+@pytest.mark.parametrize("path", compatibility.PAGES, ids=lambda path: path.name)
+def test_the_page_shows_what_the_results_say(path):
     if not compatibility.RESULTS.exists():
         pytest.skip("results/compatibility.json has not been measured in this checkout")
     runs = json.loads(compatibility.RESULTS.read_text(encoding="utf-8"))["runs"]
-    page = compatibility.PAGE.read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
     assert compatibility.replace_table(page, runs) == page, "run python tests/compatibility.py --table"
     for run in runs:
         assert {"versions", "fast_suite", "mixins", "command", "commit", "hardware"} <= set(run)
