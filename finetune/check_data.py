@@ -87,7 +87,7 @@ def check_source(
     """
     report = SourceReport(spec.label, max_length=max_length)
     records = tqdm(source.iter_checked(), desc=spec.label, unit=" records", delay=2, leave=False, disable=None)
-    rows = report.read(records, limit, previews)
+    rows = report.read(records, limit, previews, processor)
     if processor is None:
         deque(rows, maxlen=0)
     else:

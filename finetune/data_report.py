@@ -40,13 +40,21 @@ class SourceReport:
     previews: dict[str, list[Tile]] = field(default_factory=dict)
 
     def read(
-        self, records: Iterable[tuple[str, Row | DataError]], limit: int | None, with_previews: bool
+        self,
+        records: Iterable[tuple[str, Row | DataError]],
+        limit: int | None,
+        with_previews: bool,
+        processor: Any = None,
     ) -> Iterator[Row]:
-        """Count every record, and yield the good rows without their pictures, as a measure of length takes them."""
+        """Count every record, and yield the good rows without their pictures, as a measure of length takes them.
+
+        With a `processor` a row whose text its chat template would refuse is a bad record too.
+        """
         rng = random.Random(0)
         for place, row in islice(records, limit):
-            if isinstance(row, DataError):
-                self.bad_records.append(BadRecord(place, str(row)))
+            problem = row if isinstance(row, DataError) else _refused_by(processor, row)
+            if problem is not None:
+                self.bad_records.append(BadRecord(place, str(problem)))
                 continue
             self._count(row)
             if with_previews:
@@ -130,6 +138,18 @@ class SourceReport:
     def sections(self) -> list[Section]:
         """The previews, ready for a contact sheet."""
         return [Section(f"{self.name}: {side}", self.previews.get(side, [])) for side in SIDES]
+
+
+def _refused_by(processor: Any, row: Row) -> str | None:
+    """Why the collator could not write a row as a prompt: a typed control token, most of the time."""
+    if processor is None:
+        return None
+    try:
+        processor.apply_chat_template(without_pictures(row)["messages"], tokenize=False)
+    except ValueError as error:
+        # its last advice is an option of the processor's own, which no recipe has
+        return str(error).removeprefix("row 0, ").split(", or pass sanitize_control_tokens")[0]
+    return None
 
 
 def without_pictures(row: Row) -> Row:

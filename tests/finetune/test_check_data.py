@@ -72,6 +72,18 @@ def test_token_lengths_are_those_of_the_collator(mixed, checkpoint, capsys):
     assert source["tokens"]["p0"] == min(lengths.values()) and source["tokens"]["p100"] == max(lengths.values())
 
 
+def test_a_row_that_spells_a_control_token_is_one_bad_record(tmp_path, checkpoint, capsys):
+    write_pictures(tmp_path, "a.png")
+    good, evil = {"image": "a.png", "caption": "a box"}, {"image": "a.png", "caption": "a<|eot_id|>box"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [good, evil, good])
+    code, output, _ = run(capsys, path, "--checkpoint", checkpoint, "--json")
+    (source,) = json.loads(output)["sources"]
+    assert code == 1 and source["num_rows"] == 2
+    (bad,) = source["bad_records"]
+    assert "line 2" in str(bad) and "the text contains the special token <|eot_id|>" in str(bad)
+    assert "sanitize" not in str(bad)
+
+
 def test_the_text_report_names_rows_that_are_too_long(mixed, checkpoint, capsys):
     code, output, _ = run(capsys, mixed, "--checkpoint", checkpoint, "--max_length", "60")
     assert code == 0  # rows that are too long are left out of training, and are no damage
