@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
-from transformers.utils.chat_template_utils import get_json_schema, render_jinja_template
+from transformers.utils.chat_template_utils import (
+    DocstringParsingException,
+    TypeHintParsingException,
+    get_json_schema,
+    render_jinja_template,
+)
 
 from .control_tokens_pisces import ChatInputs, PlainTextTokenizer, TypedTokens
 from .conversations_pisces import assistant_mask, collect_images, find_surrogate, normalize_conversations
@@ -91,8 +96,7 @@ class PiscesChatProcessor(ProcessorMixin):
         conversations, is_batched = normalize_conversations(conversation)
         template = self._named_template(chat_template)
         typed = TypedTokens(self.tokenizer, template, self._picture_tokens)
-        if tools is not None:  # a function becomes its schema here, so that its docstring is judged as any text
-            tools = [get_json_schema(tool) if callable(tool) else tool for tool in tools]
+        tools = [_schema(tool) for tool in tools] if isinstance(tools, (list, tuple)) else tools
         inputs = ChatInputs(conversations, tools, documents, {**self.tokenizer.special_tokens_map, **template_kwargs})
         settings = {
             "chat_template": template,
@@ -250,6 +254,20 @@ def _check_sanitizing(wanted: bool, tokenize: bool, processor_kwargs: dict | Non
             "sanitize_control_tokens=True needs tokenize=True: a prompt as text cannot say which of its tokens were "
             "typed. Pass tokenize=True, or leave the option out to have such text refused."
         )
+
+
+def _schema(tool: Any) -> Any:
+    """A function as its schema, here and not in the template, so that its docstring is judged as any text.
+
+    Raises:
+        ValueError: its docstring or its annotations make none.
+    """
+    if not callable(tool):
+        return tool
+    try:
+        return get_json_schema(tool)
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise ValueError(f"tool {getattr(tool, '__name__', tool)}: {one_line(error, 300)}") from error
 
 
 def _render(inputs: ChatInputs, settings: dict) -> tuple[list[str], list]:

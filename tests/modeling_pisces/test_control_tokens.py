@@ -414,6 +414,10 @@ def test_the_docstring_of_a_tool_given_as_a_function_is_judged_as_text(processor
         """
         return place
 
+    def bare(place):
+        return place
+
+    assert refusal(processor, [user("hi")], tools=[bare]).startswith("tool bare: ")
     template = "{{ tools[0].function.description }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert "<|eot_id|>" in refusal(processor, [user("hi")], tools=[look], chat_template=template)
     ids = prepare(processor, [user("hi")], tools=[look], chat_template=template, sanitize_control_tokens=True)[
