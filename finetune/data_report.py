@@ -52,9 +52,11 @@ class SourceReport:
         """
         rng = random.Random(0)
         for place, row in islice(records, limit):
-            problem = row if isinstance(row, DataError) else _refused_by(processor, row)
-            if problem is not None:
-                self.bad_records.append(BadRecord(place, str(problem)))
+            if isinstance(row, DataError):
+                self.bad_records.append(BadRecord(place, str(row)))
+                continue
+            if (problem := _refused_by(processor, row)) is not None:
+                self.bad_records.append(BadRecord(place, problem))
                 continue
             self._count(row)
             if with_previews:

@@ -99,20 +99,22 @@ class _StrictTarInfo(tarfile.TarInfo):
     """A header that `tarfile` would take for the end of the file, or believe, is an error here."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # two empty blocks: the end, as it should be
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # two empty blocks: the end, as it should be
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
         header = super().frombuf(buf, encoding, errors)
         is_data = header.type in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE)
         if header.size < 0 or (not is_data and header.size > MAX_HEADER_BYTES):  # the latter is read into memory
-            raise tarfile.InvalidHeaderError(f"a header of {header.size} bytes")
+            raise tarfile.InvalidHeaderError(  # type: ignore[attr-defined]  # the stubs leave both names out
+                f"a header of {header.size} bytes"
+            )
         return header
 
 

@@ -101,8 +101,8 @@ def check_drawing_options(mode: str, kwargs: dict, defaults: GenerationConfig) -
     Raises:
         ValueError: names every such option and the reason.
     """
-    if given := [name for name in _NO_OPTIONS if kwargs.get(name) is not None]:
-        raise ValueError(f"{', '.join(given)}: no option of generate, and it would change nothing. Leave it out.")
+    if wrong := [name for name in _NO_OPTIONS if kwargs.get(name) is not None]:
+        raise ValueError(f"{', '.join(wrong)}: no option of generate, and it would change nothing. Leave it out.")
     stock = _stock_values()
     config = kwargs.get("generation_config")
     known = {*stock, *OPTIONS, *inspect.signature(GenerationMixin.generate).parameters}
@@ -128,7 +128,7 @@ def check_drawing_options(mode: str, kwargs: dict, defaults: GenerationConfig) -
 
 def _stock_values() -> dict:
     """{field of GenerationConfig: what transformers takes where nobody says anything}."""
-    defaults = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    defaults: dict = getattr(GenerationConfig, "_get_default_generation_params", dict)()
     fields = {name: value for name, value in vars(GenerationConfig()).items() if not name.startswith("_")}
     return fields | {name: value for name, value in defaults.items() if name in fields}
 
@@ -432,8 +432,8 @@ class KeptScores:
 
     def __init__(self, config: GenerationConfig):
         wanted = config.return_dict_in_generate
-        self.scores = () if wanted and config.output_scores else None
-        self.logits = () if wanted and config.output_logits else None
+        self.scores: tuple[torch.Tensor, ...] | None = () if wanted and config.output_scores else None
+        self.logits: tuple[torch.Tensor, ...] | None = () if wanted and config.output_logits else None
 
     def add(self, logits: torch.Tensor, scores: torch.Tensor, tokens: torch.LongTensor, placed: torch.BoolTensor):
         """Scores of a token that the loop placed say so: 0 for it, -inf for all others."""

@@ -3,7 +3,6 @@
 `model_loading_pisces.py` calls them once per checkpoint; each refusal names the file that holds the setting.
 """
 
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,8 @@ def check_text_length(folder: Path, tokenizer: Any) -> None:
         ValueError: no whole number, or below 1.
     """
     length = tokenizer.model_max_length
-    if isinstance(length, bool) or not isinstance(length, Real) or length < 1 or length != int(length):
+    is_number = isinstance(length, (int, float)) and not isinstance(length, bool)
+    if not is_number or length < 1 or (isinstance(length, float) and not length.is_integer()):
         raise ValueError(
             f"{folder / 'tokenizer_config.json'}: model_max_length is {length!r}, expected a whole number of tokens. "
             "Repair it, or download the checkpoint again."
@@ -59,7 +59,7 @@ def check_generation_values(folder: Path, settings: Any) -> None:
     """
     path = folder / "generation_config.json"
     temperature = getattr(settings, "image_temperature", None)
-    if temperature is not None and (isinstance(temperature, bool) or not isinstance(temperature, Real)):
+    if temperature is not None and (isinstance(temperature, bool) or not isinstance(temperature, (int, float))):
         raise ValueError(f"{path}: image_temperature is {temperature!r}, expected a number of at least 0. Repair it.")
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise ValueError(f"{path}: image_temperature is {temperature}, expected a number of at least 0. Repair it.")

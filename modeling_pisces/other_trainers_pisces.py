@@ -50,7 +50,7 @@ def with_image_loss(forward: Any) -> Any:
     Raises:
         ValueError: from the returned forward, if it has no log-probability per token that could carry the image loss.
     """
-    function = getattr(forward, "__func__", None)
+    function: Any = getattr(forward, "__func__", None)
     if not getattr(function, "__globals__", {}).get("__name__", "").startswith("trl."):
         return forward
 
