@@ -108,7 +108,7 @@ $(LMMS_EVAL)/.installed: pyproject.toml constraints.txt evaluation/lmms_eval_plu
 	@touch $@
 
 tiny: $(INSTALLED) ## train pisces-tiny from nothing into runs/tiny (hours; stop and repeat at will)
-	@bash finetune/tiny.sh
+	@bash finetune/tiny/tiny.sh
 
 check: $(INSTALLED) ## lint, format and types
 	@$(BIN)/ruff check .

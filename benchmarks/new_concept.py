@@ -3,8 +3,8 @@
     python -m benchmarks.new_concept --model pisces-tiny --work runs/new_concept --output results/new_concept.json
 
 A colour (or shape) that the checkpoint never saw is taught by LoRA, once for drawing and once for understanding, each
-in at most ten processor minutes. Every step is a command of a room, joined by folders: `finetune.new_concept` writes
-the data, `finetune.lora_generation` and `finetune.lora_understanding` train, `conversion.merge_adapter` merges,
+in at most ten processor minutes. Every step is a command of a room, joined by folders: `finetune.scenes.new_concept`
+writes the data, `finetune.lora_generation` and `finetune.lora_understanding` train, `conversion.merge_adapter` merges,
 `evaluation.scenes` scores base and results on held-out scenes with and without the new thing. Steps whose result lies
 in `--work` are not repeated.
 """
@@ -150,7 +150,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     data = work / "data"
     if not (data / "concept.json").is_file():
         pictures = ["--num_pictures", str(options.num_pictures), "--num_replay", str(options.num_replay)]
-        run("finetune.new_concept", "--concept", options.concept, "--output", str(data), *pictures)
+        run("finetune.scenes.new_concept", "--concept", options.concept, "--output", str(data), *pictures)
     names = ("num_questions", "num_reconstructions", "num_prompts", "images_per_prompt")
     sizes = {name: getattr(options, name) for name in names}
     base = {name: score(model, data / name, work / f"base_{name}.json", sizes) for name in ("concept", "others")}
@@ -187,7 +187,7 @@ def main() -> None:
         "--work", required=True, help="folder for data, adapters and scores; steps there are not repeated"
     )
     parser.add_argument("--output", required=True, help="results file to write")
-    parser.add_argument("--concept", default="lime", help="of finetune.new_concept")
+    parser.add_argument("--concept", default="lime", help="of finetune.scenes.new_concept")
     parser.add_argument("--sides", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--num_pictures", type=COUNT, default=200, help="pictures of the new thing to learn from")
     parser.add_argument("--num_replay", type=whole_number(0), default=1500, help="ordinary pictures beside them")

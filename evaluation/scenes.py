@@ -213,7 +213,7 @@ def describe_settings(pipeline) -> str:
 def describe_scenes(data: Path) -> str:
     """Whether training showed the combinations in a data folder, by the split it was rendered for."""
     settings = data / "settings.json"
-    if not settings.is_file():  # a folder of somebody's own, as finetune.new_concept writes them
+    if not settings.is_file():  # a folder of somebody's own, as finetune.scenes.new_concept writes them
         return f"Scenes of {data.name}."
     split = json.loads(settings.read_text(encoding="utf-8"))["split"]
     return SCENES.get(split, f"Scenes of the split {split}.")

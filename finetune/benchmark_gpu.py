@@ -25,10 +25,10 @@ import transformers
 from torch import nn
 from transformers.utils import logging
 
-from finetune import packed_attention
-from finetune.adapters import AdapterConfig, add_adapter
-from finetune.packing import pack_batch
-from finetune.sft_trainer import peak_memory_gib
+from finetune.data.packing import pack_batch
+from finetune.training import packed_attention
+from finetune.training.adapters import AdapterConfig, add_adapter
+from finetune.training.sft_trainer import peak_memory_gib
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
 from modeling_pisces.arguments_pisces import COUNT, LineParser
 from modeling_pisces.command_ending_pisces import run_command

@@ -35,8 +35,6 @@ from PIL import Image
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from finetune import packed_attention
-from finetune.adapters import AdapterConfig, add_adapter
 from finetune.benchmark_models import (
     LANGUAGE_MODEL,
     drawing_row,
@@ -46,11 +44,13 @@ from finetune.benchmark_models import (
     make_processor,
     question_row,
 )
-from finetune.conversations import PiscesDataCollator
-from finetune.packing import PackedRows, PackingCollator, token_lengths
-from finetune.picture_cache import CachedPictureCollator, PictureCache
+from finetune.data.collator import PiscesDataCollator
+from finetune.data.packing import PackedRows, PackingCollator, token_lengths
+from finetune.data.picture_cache import CachedPictureCollator, PictureCache
 from finetune.precompute import precompute
-from finetune.sft_trainer import PiscesSFTConfig, PiscesSFTTrainer, peak_memory_gib
+from finetune.training import packed_attention
+from finetune.training.adapters import AdapterConfig, add_adapter
+from finetune.training.sft_trainer import PiscesSFTConfig, PiscesSFTTrainer, peak_memory_gib
 from modeling_pisces.arguments_pisces import COUNT, LineParser
 from modeling_pisces.command_ending_pisces import run_command
 from modeling_pisces.image_loading_pisces import load_image

@@ -4,7 +4,7 @@
         --output drawings
 
 Prompts are lines of a text file, or JSON objects with "prompt" and whatever the scorer needs. The folder that comes
-out (`finetune.drawing_folder`) is a training set for `lora_generation`, and with `--pairs True` also one for
+out (`finetune.preferences.candidates`) is a training set for `lora_generation`, and with `--pairs True` also one for
 `dpo_generation`. Each picture has a seed of its own, so that it does not depend on the batch, and a command that was
 interrupted goes on where it stopped. `rejection_sampling` repeats this and trains in between.
 """
@@ -19,10 +19,10 @@ from peft import PeftModel
 from PIL import Image
 from tqdm import tqdm
 
-from finetune.commands import parse_classes, run_command
-from finetune.drawing_folder import DrawingFolder, Prompt, picture_seed, read_prompts
-from finetune.flag_ranges import check_ranges
-from finetune.rewards import check_scores, load_function
+from finetune.flags.parsing import parse_classes, run_command
+from finetune.flags.ranges import check_ranges
+from finetune.preferences.candidates import DrawingFolder, Prompt, picture_seed, read_prompts
+from finetune.preferences.rewards import check_scores, load_function
 
 
 Scorer = Callable[[list[Image.Image], Prompt], Sequence[float]]

@@ -19,12 +19,12 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 import modeling_pisces  # noqa: F401  # registers the processor
-from finetune.data_loaders import load_source
-from finetune.data_mixture import mix_rows
-from finetune.data_report import SourceReport, plural
-from finetune.data_schema import BadRecord, DataError, printable
-from finetune.data_spec import DataSpec, parse_specs
-from finetune.packing import token_lengths
+from finetune.data.load import load_source
+from finetune.data.mixture import mix_rows
+from finetune.data.packing import token_lengths
+from finetune.data.report import SourceReport, plural
+from finetune.data.schema import BadRecord, DataError, printable
+from finetune.data.spec import DataSpec, parse_specs
 from modeling_pisces.arguments_pisces import LineParser, whole_number
 from modeling_pisces.command_ending_pisces import EXIT_FAILED, EXIT_OK, CommandEnd, one_line_ending
 from modeling_pisces.contact_sheet_pisces import make_contact_sheet

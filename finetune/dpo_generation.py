@@ -4,26 +4,26 @@
         --output_dir runs/liked
 
 Rows have a prompt, a chosen and a rejected picture; `finetune.best_of_n --pairs True` writes such rows. The loss is on
-the vectors that stand for the pictures (`finetune.vector_dpo` has the formula), the decoder has no part in it.
-Experimental: it is ours, for a model of this kind; what is known of it stands in docs/preferences.md.
+the vectors that stand for the pictures (`finetune.preferences.vector_dpo` has the formula), the decoder has no part in
+it. Experimental: it is ours, for a model of this kind; what is known of it stands in docs/preferences.md.
 """
 
 from collections.abc import Sequence
 
 from transformers import set_seed
 
-from finetune.adapters import add_adapter
-from finetune.checkpoints import last_complete_checkpoint
-from finetune.commands import run_command
-from finetune.dry_run import print_report
-from finetune.guard import add_guard
-from finetune.guard_rows import load_guard_rows
-from finetune.preference_batches import PairCollator
-from finetune.preference_data import load_pairs
-from finetune.recipe import RecipeArguments, check_sides, load_checkpoint, parse_flags
-from finetune.run_folder import check_push, save_run
-from finetune.trl_runs import refuse_packing_and_cache
-from finetune.vector_dpo import PiscesVectorDPOConfig, PiscesVectorDPOTrainer
+from finetune.flags.parsing import run_command
+from finetune.guard.guard import add_guard
+from finetune.guard.rows import load_guard_rows
+from finetune.preferences.batches import PairCollator
+from finetune.preferences.pairs import load_pairs
+from finetune.preferences.vector_dpo import PiscesVectorDPOConfig, PiscesVectorDPOTrainer
+from finetune.training.adapters import add_adapter
+from finetune.training.checkpoints import last_complete_checkpoint
+from finetune.training.dry_run import print_report
+from finetune.training.recipe import RecipeArguments, check_sides, load_checkpoint, parse_flags
+from finetune.training.run_folder import check_push, save_run
+from finetune.training.trl_runs import refuse_packing_and_cache
 
 
 SIDES = ("generation",)

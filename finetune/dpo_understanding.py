@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
-from finetune.adapters import add_adapter
-from finetune.checkpoints import last_complete_checkpoint
-from finetune.commands import run_command
-from finetune.dry_run import print_report
-from finetune.guard import add_guard
-from finetune.guard_rows import load_guard_rows
-from finetune.preference_batches import PairCollator, TextPairCollator
-from finetune.preference_data import load_pairs
-from finetune.recipe import RecipeArguments, check_sides, load_checkpoint, parse_flags
-from finetune.run_folder import check_push, save_run
-from finetune.trl_runs import RunDefaults, RunHabits, refuse_packing_and_cache
+from finetune.flags.parsing import run_command
+from finetune.guard.guard import add_guard
+from finetune.guard.rows import load_guard_rows
+from finetune.preferences.batches import PairCollator, TextPairCollator
+from finetune.preferences.pairs import load_pairs
+from finetune.training.adapters import add_adapter
+from finetune.training.checkpoints import last_complete_checkpoint
+from finetune.training.dry_run import print_report
+from finetune.training.recipe import RecipeArguments, check_sides, load_checkpoint, parse_flags
+from finetune.training.run_folder import check_push, save_run
+from finetune.training.trl_runs import RunDefaults, RunHabits, refuse_packing_and_cache
 
 
 SIDES = ("understanding",)
@@ -48,7 +48,7 @@ class PiscesDPOConfig(RunDefaults, DPOConfig):
 
 
 class PiscesDPOTrainer(RunHabits, DPOTrainer):
-    """TRL's `DPOTrainer` on pairs of `finetune.preference_data`; the reference is the model without the adapter.
+    """TRL's `DPOTrainer` on pairs of `finetune.preferences.pairs`; the reference is the model without the adapter.
 
     Args and errors as in `RunHabits` and `DPOTrainer`.
     """

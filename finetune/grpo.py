@@ -5,7 +5,8 @@
 
 Rows are those of `lora_understanding`: the last turn is the reference answer, everything before it the prompt. The
 model writes `--num_generations` answers to each prompt, and TRL's `GRPOTrainer` makes the better ones of such a group
-likelier (Shao et al., arXiv 2402.03300). Rewards: `finetune.rewards`, or your own. See docs/preferences.md.
+likelier (Shao et al., arXiv 2402.03300). Rewards: `finetune.preferences.rewards`, or your own. See
+docs/preferences.md.
 """
 
 from collections.abc import Sequence
@@ -16,17 +17,17 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from finetune.adapters import add_adapter
-from finetune.checkpoints import last_complete_checkpoint
-from finetune.commands import run_command
-from finetune.conversations import PiscesDataCollator
-from finetune.dry_run import print_report
-from finetune.guard import add_guard
-from finetune.guard_rows import load_guard_rows
-from finetune.recipe import RecipeArguments, check_sides, load_checkpoint, load_rows, parse_flags
-from finetune.rewards import load_reward
-from finetune.run_folder import check_push, save_run
-from finetune.trl_runs import RunDefaults, RunHabits, refuse_packing_and_cache
+from finetune.data.collator import PiscesDataCollator
+from finetune.flags.parsing import run_command
+from finetune.guard.guard import add_guard
+from finetune.guard.rows import load_guard_rows
+from finetune.preferences.rewards import load_reward
+from finetune.training.adapters import add_adapter
+from finetune.training.checkpoints import last_complete_checkpoint
+from finetune.training.dry_run import print_report
+from finetune.training.recipe import RecipeArguments, check_sides, load_checkpoint, load_rows, parse_flags
+from finetune.training.run_folder import check_push, save_run
+from finetune.training.trl_runs import RunDefaults, RunHabits, refuse_packing_and_cache
 
 
 SIDES = ("understanding",)

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from transformers import set_seed
 
-from finetune.adapters import add_adapter
-from finetune.checkpoints import last_complete_checkpoint
-from finetune.commands import run_command
-from finetune.dry_run import print_report
-from finetune.guard import add_guard
-from finetune.guard_rows import load_guard_rows
-from finetune.recipe import (
+from finetune.flags.parsing import run_command
+from finetune.guard.guard import add_guard
+from finetune.guard.rows import load_guard_rows
+from finetune.training.adapters import add_adapter
+from finetune.training.checkpoints import last_complete_checkpoint
+from finetune.training.dry_run import print_report
+from finetune.training.recipe import (
     JointArguments,
     load_checkpoint,
     load_rows,
@@ -26,8 +26,8 @@ from finetune.recipe import (
     open_pictures,
     parse_flags,
 )
-from finetune.run_folder import check_push, save_run
-from finetune.sft_trainer import PiscesSFTTrainer
+from finetune.training.run_folder import check_push, save_run
+from finetune.training.sft_trainer import PiscesSFTTrainer
 
 
 SIDES = ("understanding", "generation")

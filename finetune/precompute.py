@@ -2,8 +2,8 @@
 
 Run as `python -m finetune.precompute --checkpoint CHECKPOINT --data DATA --output CACHE`. Stop it whenever you like:
 the same command goes on with the pictures that are missing, also when data was added. Training from the cache has the
-losses and gradients of training from pixels; `finetune.picture_cache` reads it. Worth it for drawings, whose vectors
-are few (64 per picture); understanding features take more room (729) and save less.
+losses and gradients of training from pixels; `finetune.data.picture_cache` reads it. Worth it for drawings, whose
+vectors are few (64 per picture); understanding features take more room (729) and save less.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,12 +15,12 @@ from tqdm import tqdm
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
-from finetune.commands import parse_flags_of, run_command
-from finetune.data_loaders import load_data
-from finetune.data_schema import iter_pictures
-from finetune.flag_ranges import check_ranges
-from finetune.picture_cache import PictureCache, UnopenedRows
-from finetune.picture_keys import KINDS, fingerprint, picture_key, tower_of
+from finetune.data.load import load_data
+from finetune.data.picture_cache import PictureCache, UnopenedRows
+from finetune.data.picture_keys import KINDS, fingerprint, picture_key, tower_of
+from finetune.data.schema import iter_pictures
+from finetune.flags.parsing import parse_flags_of, run_command
+from finetune.flags.ranges import check_ranges
 from modeling_pisces import PiscesForConditionalGeneration, PiscesProcessor, load_image
 
 

@@ -19,8 +19,8 @@ import yaml
 
 from finetune import best_of_n, lora_generation
 from finetune.best_of_n import BestOfNArguments
-from finetune.commands import parse_classes, run_command
-from finetune.drawing_folder import keep_settings
+from finetune.flags.parsing import parse_classes, run_command
+from finetune.preferences.candidates import keep_settings
 from modeling_pisces.command_ending_pisces import CommandFailed
 from modeling_pisces.file_writing_pisces import write_whole
 

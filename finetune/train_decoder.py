@@ -18,11 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import set_seed
 
-from finetune.commands import parse_flags_of, run_command
-from finetune.latents import VaeTraining, build_vae, encode_latents, whiten_latents
-from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
+from finetune.flags.parsing import parse_flags_of, run_command
+from finetune.parts.latents import VaeTraining, build_vae, encode_latents, whiten_latents
+from finetune.parts.pictures import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
+from finetune.parts.trainer import Metrics, RunArguments, run_evaluation, train, write_results
 from finetune.train_gen_encoder import pooled_vectors
-from finetune.trainer import Metrics, RunArguments, run_evaluation, train, write_results
 from modeling_pisces.file_writing_pisces import whole_files
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
 

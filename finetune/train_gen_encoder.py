@@ -17,9 +17,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, set_seed
 
-from finetune.commands import parse_flags_of, run_command
-from finetune.picture_data import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
-from finetune.trainer import Metrics, RunArguments, full_precision_attention, run_evaluation, train, write_results
+from finetune.flags.parsing import parse_flags_of, run_command
+from finetune.parts.pictures import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
+from finetune.parts.trainer import (
+    Metrics,
+    RunArguments,
+    full_precision_attention,
+    run_evaluation,
+    train,
+    write_results,
+)
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
 from modeling_pisces.file_writing_pisces import whole_files
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches

@@ -19,13 +19,14 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForMultimodalLM, AutoProcessor, TrainingArguments
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
-from finetune.checkpoints import last_complete_checkpoint
-from finetune.commands import parse_flags_of, run_command
-from finetune.conversations import PiscesDataCollator, StageConversations, read_rows
-from finetune.picture_cache import PictureCache
-from finetune.picture_keys import fingerprint
+from finetune.data.collator import PiscesDataCollator
+from finetune.data.picture_cache import PictureCache
+from finetune.data.picture_keys import fingerprint
+from finetune.flags.parsing import parse_flags_of, run_command
+from finetune.parts.trainer import CurveCallback, RunArguments, WeightAverage, WholeCheckpoints, write_results
 from finetune.precompute import precompute
-from finetune.trainer import CurveCallback, RunArguments, WeightAverage, WholeCheckpoints, write_results
+from finetune.tiny.stages import StageConversations, read_rows
+from finetune.training.checkpoints import last_complete_checkpoint
 from modeling_pisces import PiscesForConditionalGeneration
 from modeling_pisces.file_writing_pisces import whole_files
 
@@ -163,7 +164,7 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
         seed=run.seed,
     )
     if run.bf16 and not torch.cuda.is_available():
-        model.set_attn_implementation("full_precision_sdpa")  # see finetune.trainer
+        model.set_attn_implementation("full_precision_sdpa")  # see finetune.parts.trainer
     average = WeightAverage(model, run.ema_decay)
     trainer = PiscesTrainer(
         model=model,

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import SiglipVisionConfig, SiglipVisionModel, set_seed
 
-from finetune.commands import parse_flags_of, run_command
-from finetune.picture_data import PictureData, TensorRows, load_pictures, patch_labels, to_pixel_values
-from finetune.scene_layout import BACKGROUNDS, COLORS, SHAPES, SIZES
-from finetune.trainer import Metrics, RunArguments, run_evaluation, train, write_results
+from finetune.flags.parsing import parse_flags_of, run_command
+from finetune.parts.pictures import PictureData, TensorRows, load_pictures, patch_labels, to_pixel_values
+from finetune.parts.trainer import Metrics, RunArguments, run_evaluation, train, write_results
+from finetune.scenes.layout import BACKGROUNDS, COLORS, SHAPES, SIZES
 from modeling_pisces.file_writing_pisces import whole_files
 
 

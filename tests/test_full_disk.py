@@ -87,7 +87,7 @@ def fails_and_goes_on(disk, module, words, finished, allowed=lambda name: False)
 
 def test_new_concept(disk):
     words = ["--num_pictures", 6, "--num_replay", 6, "--num_heldout", 6, "--output", disk[0] / "out"]
-    fails_and_goes_on(disk, "finetune.new_concept", words, "out/concept.json")
+    fails_and_goes_on(disk, "finetune.scenes.new_concept", words, "out/concept.json")
 
 
 def test_scenes_of_finetune(disk):

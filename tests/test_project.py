@@ -116,7 +116,7 @@ def test_files_are_written_in_one_place():
         "modeling_pisces/hub_pisces.py",
         "modeling_pisces/pipeline_loading_pisces.py",
         "modeling_pisces/file_writing_pisces.py",
-        "finetune/tiny.py",
+        "finetune/tiny/assemble.py",
         "evaluation/study/steps.py",  # the log of a step
         "evaluation/understanding_harness.py",  # logs of the harness
         "benchmarks/assemble.py",  # in a temporary folder

@@ -127,7 +127,7 @@ class Plan:
             "max_steps": num_steps,
             "batch_size": self.budget.batch_size,
             "learning_rate": self.budget.learning_rate,
-            # finetune/tiny.sh: the rate is held through the first stages and annealed once, in the last
+            # finetune/tiny/tiny.sh: the rate is held through the first stages and annealed once, in the last
             "schedule": "cosine" if is_last else "constant_with_warmup",
             "warmup_steps": 50,
             "ema_decay": 0.98,

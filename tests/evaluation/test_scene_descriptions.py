@@ -6,9 +6,9 @@ import random
 import pytest
 
 from evaluation.scene_descriptions import agrees, parse_description
-from finetune.scene_layout import COLORS, SHAPES, sample_scene
-from finetune.scene_prompts import prompts_for_evaluation
-from finetune.scene_text import describe
+from finetune.scenes.layout import COLORS, SHAPES, sample_scene
+from finetune.scenes.prompts import prompts_for_evaluation
+from finetune.scenes.text import describe
 
 
 def read(text: str):

@@ -11,7 +11,7 @@ import evaluation.scene_detector
 import evaluation.scene_scorer
 from evaluation.scene_detector import DetectedObject, Detection, detect_objects, label_components, load_silhouettes
 from evaluation.scene_scorer import main, prompts_from_truth, score_prompt, score_scene, validate
-from finetune.scenes import make_row, write_scenes
+from finetune.scenes.render import make_row, write_scenes
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from PIL import Image
 from evaluation import scenes
 from evaluation.kept_batches import KeptBatches
 from evaluation.scene_detector import load_silhouettes
-from finetune.scenes import write_scenes
+from finetune.scenes.render import write_scenes
 from modeling_pisces.measurement_pisces import wilson_interval
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from evaluation.study import reader as readers
 from evaluation.study import score
 from evaluation.study.reader import VectorReader, caption_of, read_rows, read_words, scene_labels, score_readings
-from finetune.scenes import write_scenes
+from finetune.scenes.render import write_scenes
 from tests.fixtures import make_model, make_processor
 
 

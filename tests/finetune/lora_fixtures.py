@@ -10,9 +10,9 @@ from peft import PeftModel
 from PIL import Image
 from torch.utils.data import Dataset
 
-from finetune.adapters import AdapterConfig, add_adapter
-from finetune.sft_config import PiscesSFTConfig
-from finetune.sft_trainer import PiscesSFTTrainer
+from finetune.training.adapters import AdapterConfig, add_adapter
+from finetune.training.sft_config import PiscesSFTConfig
+from finetune.training.sft_trainer import PiscesSFTTrainer
 from tests.fixtures import make_model, make_processor
 
 

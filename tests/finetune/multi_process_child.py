@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset, SequentialSampler
 
-from finetune.adapters import train_in_full_precision
-from finetune.checkpoints import last_complete_checkpoint
-from finetune.conversations import PiscesDataCollator
-from finetune.sft_config import PiscesSFTConfig
-from finetune.sft_trainer import PiscesSFTTrainer
+from finetune.data.collator import PiscesDataCollator
+from finetune.training.adapters import train_in_full_precision
+from finetune.training.checkpoints import last_complete_checkpoint
+from finetune.training.sft_config import PiscesSFTConfig
+from finetune.training.sft_trainer import PiscesSFTTrainer
 from tests.finetune.lora_fixtures import ListRows, make_adapted, make_rows
 from tests.fixtures import make_model, make_processor
 

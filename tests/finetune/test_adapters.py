@@ -1,4 +1,4 @@
-"""Claims about `finetune.adapters`: what is trained, in which precision, and that an adapter survives every round trip."""
+"""Claims about `finetune.training.adapters`: what is trained, in which precision, and that an adapter survives every round trip."""
 
 import copy
 import re
@@ -12,14 +12,14 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from finetune.adapters import (
+from finetune.data.collator import PiscesDataCollator
+from finetune.training.adapters import (
     AdapterConfig,
     add_adapter,
     language_model_pattern,
     quantization_config,
     trainable_parameters,
 )
-from finetune.conversations import PiscesDataCollator
 from modeling_pisces import PISCES_QUANT_SKIP_MODULES
 from tests.finetune.lora_fixtures import make_adapted, make_rows, make_trainer
 from tests.fixtures import make_model, make_processor

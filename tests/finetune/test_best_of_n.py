@@ -10,10 +10,10 @@ import yaml
 from PIL import Image
 
 from finetune import best_of_n, lora_generation, rejection_sampling
-from finetune.data_loaders import load_data
-from finetune.data_schema import side_of
-from finetune.drawing_folder import picture_seed, read_prompts
-from finetune.preference_data import load_pairs
+from finetune.data.load import load_data
+from finetune.data.schema import side_of
+from finetune.preferences.candidates import picture_seed, read_prompts
+from finetune.preferences.pairs import load_pairs
 from tests.checkpoint_folder import write_checkpoint
 from tests.fixtures import make_model, make_processor
 

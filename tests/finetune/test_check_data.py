@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from finetune.check_data import main
-from finetune.conversations import PiscesDataCollator
-from finetune.data_loaders import load_data
+from finetune.data.collator import PiscesDataCollator
+from finetune.data.load import load_data
 from tests.finetune.data_files import (
     picture,
     truncated_jpeg,

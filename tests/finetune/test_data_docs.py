@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from finetune.check_data import main
-from finetune.data_loaders import load_data
-from finetune.data_schema import side_of
-from finetune.data_spec import FORMATS, DataSpec
+from finetune.data.load import load_data
+from finetune.data.schema import side_of
+from finetune.data.spec import FORMATS, DataSpec
 from tests.checkpoint_folder import write_checkpoint
 from tests.finetune.data_files import picture, prompt, write_pictures, write_tar
 

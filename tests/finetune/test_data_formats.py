@@ -1,13 +1,13 @@
-"""Claims about `finetune.data_loaders` and its readers: every format, found by itself, and its broken files by line."""
+"""Claims about `finetune.data.load` and its readers: every format, found by itself, and its broken files by line."""
 
 import json
 
 import datasets
 import pytest
 
-from finetune.data_loaders import load_data
-from finetune.data_schema import DataError, iter_pictures, side_of
-from finetune.scenes import write_scenes
+from finetune.data.load import load_data
+from finetune.data.schema import DataError, iter_pictures, side_of
+from finetune.scenes.render import write_scenes
 from tests.finetune.data_files import picture, prompt, write_captions, write_jsonl, write_pictures, write_tar
 
 

@@ -1,14 +1,14 @@
-"""Claims about `finetune.data_mixture`: shares, order and resuming of several sources."""
+"""Claims about `finetune.data.mixture`: shares, order and resuming of several sources."""
 
 from collections import Counter
 from itertools import islice
 
 import pytest
 
-from finetune.data_loaders import load_data
-from finetune.data_mixture import MixedRows, mix_rows
-from finetune.data_schema import DataError
-from finetune.data_streams import StreamedRows
+from finetune.data.load import load_data
+from finetune.data.mixture import MixedRows, mix_rows
+from finetune.data.schema import DataError
+from finetune.data.streams import StreamedRows
 from tests.finetune.data_files import prompt, truncated_jpeg, write_captions, write_shards
 
 

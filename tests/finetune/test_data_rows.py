@@ -1,4 +1,4 @@
-"""Claims about `finetune.data_rows`: what happens when a record turns out to be bad in the middle of an epoch."""
+"""Claims about `finetune.data.rows`: what happens when a record turns out to be bad in the middle of an epoch."""
 
 import logging
 import pickle
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from finetune.conversations import PiscesDataCollator
-from finetune.data_loaders import load_data
-from finetune.data_schema import DataError, iter_pictures
+from finetune.data.collator import PiscesDataCollator
+from finetune.data.load import load_data
+from finetune.data.schema import DataError, iter_pictures
 from tests.finetune.data_files import prompt, truncated_jpeg, write_captions
 from tests.fixtures import make_processor
 
@@ -146,7 +146,7 @@ def test_an_empty_file_is_refused(tmp_path):
 
 
 def test_a_control_token_in_a_row_is_refused_by_the_rows_name():
-    from finetune.conversations import PiscesDataCollator
+    from finetune.data.collator import PiscesDataCollator
     from tests.fixtures import make_processor
 
     rows = [

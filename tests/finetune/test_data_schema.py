@@ -1,12 +1,12 @@
-"""Claims about `finetune.data_schema`, `data_records` and `data_spec`: what a row is, and what errors say."""
+"""Claims about `finetune.data.schema`, `data_records` and `data_spec`: what a row is, and what errors say."""
 
 import pytest
 from PIL import Image
 
-from finetune.data_pictures import PictureFolder
-from finetune.data_records import RowMaker
-from finetune.data_schema import DataError, allowed_bad_records, check_row, count_pictures, side_of
-from finetune.data_spec import DataSpec, parse_specs
+from finetune.data.pictures import PictureFolder
+from finetune.data.records import RowMaker
+from finetune.data.schema import DataError, allowed_bad_records, check_row, count_pictures, side_of
+from finetune.data.spec import DataSpec, parse_specs
 from modeling_pisces.conversations_pisces import collect_images, normalize_conversations
 from tests.finetune.data_files import prompt, write_pictures
 

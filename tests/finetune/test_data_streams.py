@@ -1,4 +1,4 @@
-"""Claims about `finetune.data_streams`: order, readers, resuming, and bad records of streams."""
+"""Claims about `finetune.data.streams`: order, readers, resuming, and bad records of streams."""
 
 from collections import Counter
 from itertools import islice
@@ -8,8 +8,8 @@ import pytest
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
-from finetune.data_loaders import load_data
-from finetune.data_schema import DataError
+from finetune.data.load import load_data
+from finetune.data.schema import DataError
 from tests.finetune.data_files import picture, prompt, truncated_jpeg, write_shards, write_tar
 
 

@@ -5,8 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune import latents, train_gen_encoder
-from finetune.latents import build_vae, whiten_latents
+from finetune import train_gen_encoder
+from finetune.parts import latents
+from finetune.parts.latents import build_vae, whiten_latents
 from finetune.train_gen_encoder import whiten_output
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel

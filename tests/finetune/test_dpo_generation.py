@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForMultimodalLM
 
 from finetune.dpo_generation import main
-from finetune.preference_batches import PairCollator
-from finetune.vector_dpo import PiscesVectorDPOConfig, PiscesVectorDPOTrainer
+from finetune.preferences.batches import PairCollator
+from finetune.preferences.vector_dpo import PiscesVectorDPOConfig, PiscesVectorDPOTrainer
 from tests.finetune.lora_fixtures import ListRows, make_adapted, make_picture, save_checkpoint
 from tests.finetune.preference_fixtures import (
     adapter_of,

@@ -13,8 +13,8 @@ from transformers import AutoModelForMultimodalLM
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from finetune.dpo_understanding import PiscesDPOConfig, PiscesDPOTrainer, main
-from finetune.preference_batches import TextPairCollator
-from finetune.preference_data import load_pairs
+from finetune.preferences.batches import TextPairCollator
+from finetune.preferences.pairs import load_pairs
 from tests.finetune.lora_fixtures import (
     ListRows,
     make_adapted,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from finetune import lora_joint, lora_understanding
-from finetune.conversations import PiscesDataCollator
-from finetune.dry_run import estimate_memory, iter_items, mark_targets, parameter_table
+from finetune.data.collator import PiscesDataCollator
+from finetune.training.dry_run import estimate_memory, iter_items, mark_targets, parameter_table
 from tests.finetune.lora_fixtures import ListRows, make_adapted, make_row, make_rows, save_checkpoint, save_rows
 from tests.fixtures import make_processor
 

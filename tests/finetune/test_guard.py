@@ -10,12 +10,13 @@ import torch
 import yaml
 from PIL import Image
 
-from finetune import guard as guard_module
-from finetune import guard_pictures, lora_generation, lora_joint, lora_understanding
-from finetune.conversations import PiscesDataCollator
-from finetune.guard import TwoSidedGuard, base_of, find_falls, guard_table
-from finetune.guard_metrics import measure_drawing, measure_losses, measure_understanding
-from finetune.guard_rows import GuardArguments, load_guard_rows, pick_rows
+from finetune import lora_generation, lora_joint, lora_understanding
+from finetune.data.collator import PiscesDataCollator
+from finetune.guard import guard as guard_module
+from finetune.guard import pictures as guard_pictures
+from finetune.guard.guard import TwoSidedGuard, base_of, find_falls, guard_table
+from finetune.guard.metrics import measure_drawing, measure_losses, measure_understanding
+from finetune.guard.rows import GuardArguments, load_guard_rows, pick_rows
 from tests.finetune.lora_fixtures import (
     make_adapted,
     make_picture,

@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune import data_paths, data_tar
 from finetune.check_data import main
-from finetune.data_loaders import load_data
-from finetune.data_schema import DataError
-from finetune.picture_data import load_pictures
-from finetune.scenes import write_scenes
+from finetune.data.load import load_data
+from finetune.data.readers import paths as data_paths
+from finetune.data.readers import shards as data_tar
+from finetune.data.schema import DataError
+from finetune.parts.pictures import load_pictures
+from finetune.scenes.render import write_scenes
 from tests.finetune.data_files import picture, prompt, write_captions, write_jsonl, write_pictures, write_tar
 
 
@@ -282,7 +283,7 @@ def test_a_long_line_and_a_byte_order_mark_are_right(tmp_path):
 
 
 def test_a_line_that_is_too_long_to_hold_costs_one_record(tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.data_files.MAX_RECORD_BYTES", 100)
+    monkeypatch.setattr("finetune.data.readers.files.MAX_RECORD_BYTES", 100)
     write_pictures(tmp_path, "a.png")
     path = write_jsonl(tmp_path / "data.jsonl", [GOOD, {**GOOD, "caption": "x" * 1000}, GOOD])
     good, bad = read(path)

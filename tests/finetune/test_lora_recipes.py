@@ -13,13 +13,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from finetune import lora_generation, lora_joint, lora_understanding, precompute, run_folder
-from finetune.adapters import AdapterConfig
-from finetune.checkpoints import last_complete_checkpoint
-from finetune.conversations import PiscesDataCollator
-from finetune.recipe import DrawingArguments, JointArguments, RecipeArguments, load_checkpoint, parse_flags
-from finetune.run_folder import check_push, command_line
-from finetune.sft_config import PiscesSFTConfig
+from finetune import lora_generation, lora_joint, lora_understanding, precompute
+from finetune.data.collator import PiscesDataCollator
+from finetune.training import run_folder
+from finetune.training.adapters import AdapterConfig
+from finetune.training.checkpoints import last_complete_checkpoint
+from finetune.training.recipe import DrawingArguments, JointArguments, RecipeArguments, load_checkpoint, parse_flags
+from finetune.training.run_folder import check_push, command_line
+from finetune.training.sft_config import PiscesSFTConfig
 from modeling_pisces import PiscesGenVisionModel
 from tests.finetune.lora_fixtures import make_rows, save_checkpoint, save_rows
 from tests.hub_server import HubServer

@@ -18,7 +18,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from finetune.conversations import PiscesDataCollator
+from finetune.data.collator import PiscesDataCollator
 from modeling_pisces import PiscesForConditionalGeneration
 from tests.finetune.lora_fixtures import make_rows, save_checkpoint, save_rows
 from tests.finetune.multi_process_child import ASKED_KINDS, CASES, EVAL_KINDS, RESUMED, make_case_model, train_case

@@ -14,20 +14,13 @@ from PIL import Image
 from benchmarks.new_concept import Share, change, compare, share_of
 from evaluation.scene_detector import detect_objects, load_silhouettes
 from evaluation.scene_scorer import score_scene
-from finetune.data_loaders import load_data
-from finetune.data_schema import side_of
-from finetune.new_concept import (
-    CONCEPTS,
-    is_about,
-    make_scene_row,
-    swap_prompt,
-    swap_word,
-    write_concept,
-)
-from finetune.scene_layout import COLORS
-from finetune.scene_prompts import prompts_for_evaluation
-from finetune.scene_text import NUMBER_WORDS
-from finetune.scenes import OUTLINES
+from finetune.data.load import load_data
+from finetune.data.schema import side_of
+from finetune.scenes.layout import COLORS
+from finetune.scenes.new_concept import CONCEPTS, is_about, make_scene_row, swap_prompt, swap_word, write_concept
+from finetune.scenes.prompts import prompts_for_evaluation
+from finetune.scenes.render import OUTLINES
+from finetune.scenes.text import NUMBER_WORDS
 
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +163,7 @@ def test_a_folder_with_something_in_it_is_refused(folder):
 
 
 def test_the_command_ends_with_one_line(tmp_path):
-    command = [sys.executable, "-m", "finetune.new_concept", "--output", str(tmp_path), "--num_replay", "0"]
+    command = [sys.executable, "-m", "finetune.scenes.new_concept", "--output", str(tmp_path), "--num_replay", "0"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2 and result.stderr == "error: --num_replay 0: expected at least 1.\n"
 

@@ -1,4 +1,4 @@
-"""Claims about `finetune.packing` and `finetune.packed_attention`: samples that share a row lose nothing and see nothing."""
+"""Claims about `finetune.data.packing` and `finetune.training.packed_attention`: samples that share a row lose nothing and see nothing."""
 
 import random
 
@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from finetune import packed_attention
-from finetune.conversations import PiscesDataCollator
-from finetune.packing import PackedRows, PackedStream, PackingCollator, pack_batch, pack_lengths, token_lengths
+from finetune.data.collator import PiscesDataCollator
+from finetune.data.packing import PackedRows, PackedStream, PackingCollator, pack_batch, pack_lengths, token_lengths
+from finetune.training import packed_attention
 from tests.fixtures import make_model, make_processor
 
 

@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from finetune import picture_cache, precompute
-from finetune.conversations import PiscesDataCollator
-from finetune.data_loaders import load_data
-from finetune.packing import PackedRows, PackingCollator, token_lengths
-from finetune.picture_cache import CachedPictureCollator, PictureCache, UnopenedRows, open_cache
-from finetune.picture_keys import KINDS, picture_key
+from finetune import precompute
+from finetune.data import picture_cache
+from finetune.data.collator import PiscesDataCollator
+from finetune.data.load import load_data
+from finetune.data.packing import PackedRows, PackingCollator, token_lengths
+from finetune.data.picture_cache import CachedPictureCollator, PictureCache, UnopenedRows, open_cache
+from finetune.data.picture_keys import KINDS, picture_key
 from finetune.precompute import pictures_of
 from tests.fixtures import make_model, make_processor
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune.rewards import REWARDS
+from finetune.preferences.rewards import REWARDS
 from tests.checkpoint_folder import write_checkpoint
 from tests.finetune.data_files import write_pictures
 
@@ -65,7 +65,7 @@ def clone(folder, monkeypatch):
 
 
 def test_the_commands_of_the_page_run_in_order(clone, capsys):
-    from finetune.scenes import write_scenes
+    from finetune.scenes.render import write_scenes
 
     write_scenes("scenes", 1, seed=0)
     prompts = Path("scenes/prompts.jsonl").read_text().splitlines()
@@ -95,7 +95,7 @@ def test_the_commands_of_the_page_run_in_order(clone, capsys):
 
 
 def test_the_pairs_of_the_page_are_read(clone):
-    from finetune.preference_data import load_pairs
+    from finetune.preferences.pairs import load_pairs
     from tests.fixtures import make_model, make_processor
 
     rows = load_pairs(["pairs.jsonl"], make_processor(), make_model(), None)

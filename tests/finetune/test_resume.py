@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerCallback
 
 from finetune import lora_joint
-from finetune.checkpoints import check_finite, last_complete_checkpoint, what_is_missing
+from finetune.training.checkpoints import check_finite, last_complete_checkpoint, what_is_missing
 from tests.finetune.lora_fixtures import make_adapted, make_rows, make_trainer, save_checkpoint, save_rows
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.rewards import REWARDS, check_scores, load_function, load_reward
+from finetune.preferences.rewards import REWARDS, check_scores, load_function, load_reward
 
 
 CASES = [

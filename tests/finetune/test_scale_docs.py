@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from finetune.recipe import JointArguments, parse_flags
+from finetune.training.recipe import JointArguments, parse_flags
 from tests.fixtures import make_model
 
 

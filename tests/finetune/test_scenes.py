@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from finetune.scene_layout import (
+from finetune.scenes.layout import (
     COLORS,
     HELD_OUT_PAIRS,
     KINDS,
@@ -22,10 +22,10 @@ from finetune.scene_layout import (
     pair_cells,
     sample_scene,
 )
-from finetune.scene_prompts import CATEGORIES, is_held_out_prompt, prompts_for_evaluation
-from finetune.scene_questions import QUESTION_TYPES, all_questions, questions
-from finetune.scene_text import caption_prompts, describe, describe_in_detail, find_layouts, reword, short_captions
-from finetune.scenes import main, make_row, render_scene, shape_outline, write_scenes
+from finetune.scenes.prompts import CATEGORIES, is_held_out_prompt, prompts_for_evaluation
+from finetune.scenes.questions import QUESTION_TYPES, all_questions, questions
+from finetune.scenes.render import main, make_row, render_scene, shape_outline, write_scenes
+from finetune.scenes.text import caption_prompts, describe, describe_in_detail, find_layouts, reword, short_captions
 
 
 def sample_many(num_scenes: int, **kwargs) -> list[Scene]:

@@ -9,8 +9,8 @@ from datasets import Dataset as HubDataset
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from finetune.conversations import PiscesDataCollator
-from finetune.sft_config import PiscesSFTConfig
+from finetune.data.collator import PiscesDataCollator
+from finetune.training.sft_config import PiscesSFTConfig
 from tests.finetune.lora_fixtures import ListRows, make_adapted, make_rows, make_trainer
 from tests.fixtures import make_model, make_processor
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune import packed_attention, precompute
-from finetune.data_loaders import load_data
-from finetune.recipe import JointArguments, parse_flags
+from finetune import precompute
+from finetune.data.load import load_data
+from finetune.training import packed_attention
+from finetune.training.recipe import JointArguments, parse_flags
 from tests.finetune.test_precompute import folder  # noqa: F401  a fixture: a checkpoint and rows
 from tests.fixtures import make_model, make_processor
 

@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from transformers import AutoModel, Dinov2Config, SiglipVisionConfig, SiglipVisionModel
 
 from finetune import train_gen_encoder, train_vision
-from finetune.picture_data import TensorRows, edge_strength, load_pictures, patch_labels, to_pixel_values, to_uint8
-from finetune.scenes import main as write_scenes
+from finetune.parts.pictures import TensorRows, edge_strength, load_pictures, patch_labels, to_pixel_values, to_uint8
+from finetune.parts.trainer import RunArguments, WeightAverage, train
+from finetune.scenes.render import main as write_scenes
 from finetune.train_gen_encoder import grid_positions, phrase_ids, pooled_vectors, whiten_output
-from finetune.trainer import RunArguments, WeightAverage, train
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
 from modeling_pisces.measurement_pisces import describe_hardware
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
 
 
-latents_of = pytest.importorskip("finetune.latents", reason="the decoder's recipe needs diffusers")
+latents_of = pytest.importorskip("finetune.parts.latents", reason="the decoder's recipe needs diffusers")
 train_decoder = pytest.importorskip("finetune.train_decoder", reason="the decoder's recipe needs diffusers")
 
 NUM_SCENES = 32

@@ -1,4 +1,4 @@
-"""Claims about `finetune.conversations`, `finetune.train_stages` and `finetune.tiny`, at toy size."""
+"""Claims about `finetune.tiny.stages`, `finetune.train_stages` and `finetune.tiny`, at toy size."""
 
 import json
 import random
@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, SiglipVisionConfig, SiglipVisionModel
 
-from finetune import tiny
-from finetune.conversations import PiscesDataCollator, StageConversations, _sample_questions
-from finetune.picture_data import load_pictures, to_pixel_values
-from finetune.scenes import write_scenes
+from finetune.data.collator import PiscesDataCollator
+from finetune.parts.pictures import load_pictures, to_pixel_values
+from finetune.scenes.render import write_scenes
+from finetune.tiny import assemble as tiny
+from finetune.tiny.stages import StageConversations, _sample_questions
 from finetune.train_stages import StageArguments, train_stage
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
 from tests.fixtures import make_model

@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from finetune.data_loaders import load_data
-from finetune.data_schema import DataError
+from finetune.data.load import load_data
+from finetune.data.schema import DataError
 from tests.finetune.data_files import picture, prompt
 
 

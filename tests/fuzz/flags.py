@@ -65,7 +65,7 @@ COMMANDS = (
     Command("finetune.check_data", "--data {d}/data.jsonl", "open_source"),
     Command("finetune.precompute", "--checkpoint {d}/model --data {d}/data.jsonl --output {d}/out", "load_data"),
     Command("finetune.scenes", "--output {d}/out --num_scenes 2", "write_scenes"),
-    Command("finetune.new_concept", "--output {d}/out", "write_concept"),
+    Command("finetune.scenes.new_concept", "--output {d}/out", "write_concept"),
     Command(
         "finetune.tiny",
         "assemble --data {d}/data --vision_tower {d}/a --gen_vision_tower {d}/b --output {d}/out",

@@ -135,7 +135,8 @@ def test_no_other_place_of_the_project_opens_pictures_with_pil():
 
 def test_the_endings_of_pictures_are_written_down_once():
     from evaluation import picture_metrics
-    from finetune import data_files, data_tar
+    from finetune.data.readers import files as data_files
+    from finetune.data.readers import shards as data_tar
     from modeling_pisces import cli_files_pisces
 
     for module in (picture_metrics, data_files, data_tar, cli_files_pisces):

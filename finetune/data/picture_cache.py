@@ -1,0 +1,238 @@
+"""Outputs of the frozen towers on disk: written once by `finetune.precompute`, read in every epoch.
+
+A `PictureCache` is a folder of safetensors shards, each with its values and the keys of their pictures, and one
+`cache.json` that says what they were made with. Keys are digests of what a picture is, not of where it lies, so moved
+and repeated pictures are found; another tower, another size or another way to prepare pictures is refused by name.
+`CachedPictureCollator` puts cached values into batches in the place of pixels, so that no picture is opened.
+"""
+
+# I pictures to understand, J pictures to draw, N / M vectors of one picture, C / Dg their width
+import copy
+import json
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+from finetune.data.picture_keys import KINDS, fingerprint, picture_key
+from modeling_pisces import PiscesForConditionalGeneration, PiscesProcessor
+from modeling_pisces.file_writing_pisces import write_json, write_whole
+
+
+INDEX_FILE = "cache.json"
+VERSION = 1
+
+
+class PictureCache:
+    """A folder of tower outputs.
+
+    Args:
+        folder: where `finetune.precompute` wrote, or will write.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._places: dict[str, dict[bytes, tuple[str, int]]] = {kind: {} for kind in KINDS}
+        self._open: dict[str, Any] = {}
+        for kind in KINDS:
+            for path in sorted(self.folder.glob(f"{kind}-*.safetensors")):
+                self._read_keys(kind, path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # open files do not travel to dataloader workers
+
+    def _read_keys(self, kind: str, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                keys = shard.get_tensor("keys").numpy()
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole shard ({error}). Delete the file and precompute again.") from error
+        self._places[kind].update({key.tobytes(): (path.name, row) for row, key in enumerate(keys)})
+
+    def __contains__(self, item: tuple[str, bytes]) -> bool:
+        kind, key = item
+        return key in self._places[kind]
+
+    def count(self, kind: str) -> int:
+        return len(self._places[kind])
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """What `cache.json` holds: for each kind its fingerprint, dtype and shape; empty for a new folder."""
+        path = self.folder / INDEX_FILE
+        if not path.is_file():
+            return {}
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if index.get("version") != VERSION:
+            raise ValueError(
+                f"{path}: written in format {index.get('version')}, this version reads {VERSION}. Precompute again."
+            )
+        return index
+
+    def check(self, kind: str, expected: dict[str, str]) -> None:
+        """Refuse values that were made with something else than `expected`, a `fingerprint`.
+
+        Raises:
+            ValueError: names the first difference, or says that there is nothing of this kind.
+        """
+        found = self.index.get(kind, {}).get("made_with")
+        if found is None:
+            raise ValueError(f"{self.folder} holds no {kind}. Write them with `python -m finetune.precompute`.")
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                raise ValueError(
+                    f"{self.folder}: {kind} were made with {name} = {found.get(name)}, but this checkpoint has "
+                    f"{expected.get(name)}. Precompute them again into another folder."
+                )
+
+    def get(self, kind: str, source: Any) -> torch.Tensor:
+        """The value of one picture: "gen_vectors" (M, Dg) or "image_features" (N, C), in the dtype it was stored in.
+
+        Raises:
+            ValueError: the picture is not in the cache.
+        """
+        place = self._places[kind].get(picture_key(source))
+        if place is None:
+            name = source if isinstance(source, (str, os.PathLike)) else f"a picture ({type(source).__name__})"
+            raise ValueError(
+                f"{name} has no {kind} in {self.folder} ({self.count(kind)} pictures). Run `python -m "
+                "finetune.precompute` again with this data; what is there is kept."
+            )
+        shard, row = place
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.folder / shard, framework="pt")
+        return self._open[shard].get_slice("values")[row]
+
+    # ---- writing
+
+    def begin(self, kind: str, made_with: dict[str, str], dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        """Start a kind, or go on with it.
+
+        Raises:
+            ValueError: the folder has values of this kind that were made with something else, or have another dtype.
+        """
+        entry = {"made_with": made_with, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+        if kind in (index := self.index):
+            self.check(kind, made_with)
+            if index[kind]["dtype"] != entry["dtype"]:
+                raise ValueError(
+                    f"{self.folder}: {kind} are {index[kind]['dtype']}, asked for were {entry['dtype']}. Keep the "
+                    "dtype, or write into another folder."
+                )
+            return
+        write_json(self.folder / INDEX_FILE, {"version": VERSION, **index, kind: entry})
+
+    def add(self, kind: str, keys: list[bytes], values: torch.Tensor) -> None:
+        """Write one shard, all of it or nothing."""
+        shards = sorted(self.folder.glob(f"{kind}-*.safetensors"))
+        number = int(shards[-1].stem.rsplit("-", 1)[1]) + 1 if shards else 0
+        tensors = {
+            "keys": torch.from_numpy(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 32).copy()),
+            "values": values.contiguous(),
+        }
+        path = self.folder / f"{kind}-{number:05d}.safetensors"
+        write_whole(path, partial(save_file, tensors), advice="Free space there and run again; it resumes.")
+        self._read_keys(kind, path)
+
+
+def open_cache(
+    folder: str | Path, model: PiscesForConditionalGeneration, processor: PiscesProcessor, kinds: tuple[str, ...]
+) -> PictureCache:
+    """A cache to train `model` from, checked to be made by its towers and its picture settings.
+
+    Raises:
+        ValueError: a kind is missing or was made with something else; names the first difference.
+    """
+    cache = PictureCache(folder)
+    for kind in kinds:
+        cache.check(kind, fingerprint(kind, model, processor))
+    return cache
+
+
+# ---- batches
+
+
+class UnopenedRows(Dataset):
+    """The rows of a data set with their pictures as paths or bytes, to be looked up in a cache instead of opened.
+
+    Args:
+        rows: a data set of `finetune.data.load.load_data` that is read by index.
+
+    Raises:
+        ValueError: a stream, whose pictures are opened as they come.
+    """
+
+    def __init__(self, rows: Any):
+        if not hasattr(rows, "row"):
+            raise ValueError("a stream opens its pictures as they come. Name data that can be read by index.")
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.rows.row(index)
+
+    row = __getitem__
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+
+class CachedPictureCollator:
+    """Rows to model inputs with cached values instead of pixels: same labels, same losses, no picture opened.
+
+    Args:
+        collator: with an attribute `processor`, a `PiscesProcessor`; for example `PiscesDataCollator`.
+        cache: for the kinds to replace.
+        kinds: what to take from the cache; the pictures of the other kind are opened as ever.
+    """
+
+    def __init__(self, collator: Any, cache: PictureCache, kinds: tuple[str, ...] = KINDS):
+        self.cache, self.kinds = cache, kinds
+        self.collator, self.processor = copy.copy(collator), collator.processor
+        if "image_features" in kinds:  # pictures are only counted there, so one white pixel stands for each
+            self.collator.processor = copy.copy(collator.processor)
+            images = copy.deepcopy(collator.processor.image_processor)
+            images.do_resize = images.do_rescale = images.do_normalize = False
+            self.collator.processor.image_processor = images
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        features: list[torch.Tensor] = []
+        batch = self.collator([{**row, "messages": self._without_pictures(row["messages"], features)} for row in rows])
+        if features:
+            batch.pop("pixel_values")
+            batch["image_features"] = torch.stack(features)  # (I, N, C)
+        return batch
+
+    def _without_pictures(self, messages: list[dict], features: list[torch.Tensor]) -> list[dict]:
+        replaced = []
+        for message in messages:
+            content = message["content"]
+            if isinstance(content, list):
+                content = [self._part(part, message["role"] == "assistant", features) for part in content]
+            replaced.append({**message, "content": content})
+        return replaced
+
+    def _part(self, part: Any, is_drawn: bool, features: list[torch.Tensor]) -> Any:
+        kind = "gen_vectors" if is_drawn else "image_features"
+        if not isinstance(part, dict) or part.get("image") is None or kind not in self.kinds:
+            return part
+        value = self.cache.get(kind, part["image"])
+        if is_drawn:
+            return {"type": "image", "image_vectors": value}
+        features.append(value)
+        return {"type": "image", "image": _PIXEL}
+
+
+_PIXEL = Image.new("RGB", (1, 1), "white")

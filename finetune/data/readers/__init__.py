@@ -1,0 +1,1 @@
+"""How each kind of file becomes records: JSON, tables, Parquet, tar shards."""

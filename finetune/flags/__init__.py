@@ -1,0 +1,1 @@
+"""Flags of the recipes: how they are parsed, and which values make sense."""

@@ -1,0 +1,1 @@
+"""Pairs, rewards and candidates: what the preference recipes are made of."""

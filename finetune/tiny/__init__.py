@@ -1,0 +1,1 @@
+"""How pisces-tiny was made: `python -m finetune.tiny` puts its parts together, `tiny.sh` runs every step."""

@@ -1,0 +1,174 @@
+"""What a finished run leaves in its folder: adapter, `run.yaml`, processor and card; and the push to the Hub.
+
+Called by the recipes after training. Checkpoints of the run lie beside these files and are never pushed: they hold the
+optimizer's state, which is of no use to others and no safetensors.
+"""
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from finetune.guard.guard import guard_record, guard_table
+from finetune.training.adapter_card import write_card
+from finetune.training.adapters import AdapterConfig
+from finetune.training.checkpoints import WRITE_ERRORS, last_complete_checkpoint
+from finetune.training.recipe import RecipeArguments, Rows
+from finetune.training.sft_config import PiscesSFTConfig
+from finetune.training.sft_trainer import PiscesSFTTrainer
+from modeling_pisces.file_writing_pisces import WriteError, write_json, write_whole
+from modeling_pisces.measurement_pisces import current_commit, describe_hardware
+
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "torchao")
+# Everything else in the folder (checkpoints, training_args.bin, logs) stays at home.
+PUSHED = ("adapter_config.json", "adapter_model.safetensors", "README.md", "run.yaml")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer*", "chat_template.jinja")
+
+
+def save_run(
+    trainer: PiscesSFTTrainer,
+    name: str,
+    recipe: RecipeArguments,
+    adapter: AdapterConfig,
+    rows: Rows,
+) -> Path:
+    """Write adapter, processor, `run.yaml` and card into the run's folder, and push them if asked.
+
+    Returns:
+        the folder.
+
+    Raises:
+        WriteError: the disk is full; the message names the checkpoint that holds the same weights.
+        ValueError: `--push_to_hub` with a base that others cannot find.
+    """
+    folder = Path(trainer.args.output_dir)
+    try:
+        trainer.save_model(str(folder), _internal_call=True)  # gathers shards; the push is ours, below
+        if trainer.is_world_process_zero():
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
+            _write_records(trainer, folder, name, recipe, adapter, rows)
+    except WRITE_ERRORS as error:
+        last = last_complete_checkpoint(folder)
+        raise WriteError(
+            f"the adapter could not be written to {folder} ({' '.join(str(error).split())}). "
+            f"{f'Its weights are safe in {last}' if last else 'No checkpoint was kept'}. Free some space and start "
+            "the same command again: nothing is trained twice."
+        ) from error
+    if not (folder / "adapter_model.safetensors").is_file() and trainer.is_world_process_zero():
+        raise WriteError(
+            f"{folder} got no adapter_model.safetensors. Under FSDP set fsdp_state_dict_type: FULL_STATE_DICT."
+        )
+    if trainer.args.push_to_hub and trainer.is_world_process_zero():
+        print(f"pushed: {push_run(folder, trainer.args)}")
+    return folder
+
+
+def _write_records(trainer, folder: Path, name: str, recipe, adapter: AdapterConfig, rows: Rows) -> None:
+    facts = {
+        "recipe": name,
+        "base_model": recipe.base_model_id or adapter.model_name_or_path,
+        "adapter_id": trainer.args.hub_model_id or str(folder),
+        "data": describe_rows(recipe.data, rows),
+    }
+    if (guard := guard_record(trainer)) is not None:
+        facts["guard"] = guard_table(guard)
+    record = run_record(name, recipe, trainer.args, adapter) | {
+        "data": facts["data"],
+        "guard": guard,
+        "curve": trainer.state.log_history,
+    }
+    _name_base(folder, str(facts["base_model"]), adapter.model_revision)
+    write_card(folder, trainer.model, trainer.state.log_history, facts)
+    # last: where it is, the run is finished
+    write_whole(folder / "run.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+
+
+def _name_base(folder: Path, base: str, revision: str | None) -> None:
+    """Let the adapter name its base as others find it; PEFT writes whatever path it was loaded from."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"], config["revision"] = base, None if revision == "main" else revision
+    write_json(path, config, indent=2)
+
+
+def run_record(
+    name: str, recipe: RecipeArguments, training: PiscesSFTConfig, adapter: AdapterConfig
+) -> dict[str, Any]:
+    """All settings of a run, and where it ran, as plain YAML values."""
+    settings = {"recipe": asdict(recipe), "training": training.to_dict(), "adapter": asdict(adapter)}
+    return {
+        "recipe": name,
+        "command": command_line(name, sys.argv[1:]),
+        "commit": current_commit(),
+        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p))},
+        "hardware": describe_hardware(),
+        "settings": json.loads(json.dumps(settings, default=str)),
+    }
+
+
+def command_line(name: str, arguments: Sequence[str]) -> str:
+    """The command of a run, without the token that it may have been given."""
+    words = list(arguments)
+    for place, word in enumerate(words):
+        if place and words[place - 1] == "--hub_token":
+            words[place] = "..."
+        elif word.startswith("--hub_token="):
+            words[place] = "--hub_token=..."
+    return shlex.join(["python", "-m", f"finetune.{name}", *words])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def describe_rows(data: Any, rows: Rows) -> str:
+    """One sentence: sources, number of rows, sides, what was left out."""
+    if rows.lengths is None:
+        return f"{data}: a stream."
+    sides = ", ".join(f"{count} {side}" for side, count in sorted(rows.sides.items()))
+    left_out = f"; {len(rows.too_long)} were too long and left out" if rows.too_long else ""
+    return f"{data}: {len(rows.lengths)} rows ({sides}){left_out}."
+
+
+def check_push(recipe: RecipeArguments, training: PiscesSFTConfig, adapter: AdapterConfig) -> None:
+    """Refuse, before training, a push that could not be used: no name, or a base that only this machine has.
+
+    Raises:
+        ValueError: with the flag to add.
+    """
+    if not training.push_to_hub:
+        return
+    if not training.hub_model_id:
+        raise ValueError("--push_to_hub needs --hub_model_id OWNER/NAME.")
+    if Path(str(adapter.model_name_or_path)).is_dir() and not recipe.base_model_id:
+        raise ValueError(
+            f"--push_to_hub: the base {adapter.model_name_or_path} is a folder of this machine. Add --base_model_id "
+            "OWNER/NAME, under which others find it."
+        )
+
+
+def push_run(folder: Path, training: PiscesSFTConfig) -> str:
+    """Push adapter, processor, card and `run.yaml` in one commit, to a private repository unless told otherwise.
+
+    Returns:
+        the commit's URL.
+    """
+    api = HfApi(token=training.hub_token)
+    repo_id = api.create_repo(training.hub_model_id, private=training.hub_private_repo, exist_ok=True).repo_id
+    patterns = (*PUSHED, *PROCESSOR_FILES)
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    additions = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files]
+    # not upload_folder: it may send several commits, and the first of them would be half an adapter
+    return str(api.create_commit(repo_id, additions, commit_message="Upload a Pisces adapter").commit_url)

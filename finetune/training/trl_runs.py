@@ -1,0 +1,131 @@
+"""What the recipes on TRL's preference trainers share: defaults of a run, and how it is started, saved and stopped.
+
+`RunDefaults` goes in front of a TRL configuration, `RunHabits` in front of a TRL trainer; `dpo_understanding` and
+`grpo` do so. Both give these runs the manners of `PiscesSFTTrainer`: rows of any torch dataset, checkpoints that are
+whole or absent, a card, and an end with a sentence when the loss is no number.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+
+from finetune.flags.ranges import check_ranges
+from finetune.training.adapter_card import write_card
+from finetune.training.adapters import train_in_full_precision
+from finetune.training.checkpoints import check_finite, whole_or_nothing
+from finetune.training.recipe import RecipeArguments
+
+
+if TYPE_CHECKING:  # both classes here stand in front of one of TRL's
+    from transformers import Trainer, TrainingArguments
+else:
+    Trainer = TrainingArguments = object
+
+REFERENCE = "ref"  # TRL's name for its copy of an adapter
+
+
+def refuse_packing_and_cache(recipe: RecipeArguments) -> None:
+    """Refuse what the LoRA recipes do with rows and these do not.
+
+    Raises:
+        ValueError: `--pack_to` or `--picture_cache` was given.
+    """
+    for name in ("pack_to", "picture_cache"):
+        if (value := getattr(recipe, name)) is not None:
+            raise ValueError(f"--{name} {value}: this recipe neither packs rows nor reads a cache. Leave it out.")
+
+
+@dataclass
+class RunDefaults(TrainingArguments):
+    """Defaults that differ from TRL's."""
+
+    # TRL's 1e-6 is for all weights; adapters take ten times as much, as its documentation says
+    learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "recompute activations; saves memory, costs LoRA half of a step more"}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast; default: on an accelerator, not a CPU"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "schedule after the warm-up"})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "not used: rows go whole to the collator"}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "not used: a loss of NaN stops the run"})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "not needed"})
+    hub_private_repo: bool | None = field(default=True, metadata={"help": "create the repository as private"})
+    hub_strategy: str = field(default="end", metadata={"help": "the adapter is pushed once, when it is finished"})
+
+    def __post_init__(self):
+        check_ranges(self)  # first: what stands below divides by some of them
+        if self.bf16 is None:
+            self.bf16 = torch.accelerator.is_available() and not self.fp16 and not self.use_cpu
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+
+
+class RunHabits(Trainer):
+    """Start, save and stop as the SFT recipes do; goes in front of a trainer of TRL.
+
+    Args:
+        model: a PEFT model with a new adapter; the reference is the same model with the adapter disabled.
+        args: the trainer's configuration.
+        train_dataset: any torch dataset with rows of the form that the trainer reads.
+        eval_dataset: the same; None for no evaluation.
+        processing_class: the checkpoint's `PiscesProcessor`.
+        kwargs: further arguments of the trainer.
+    """
+
+    stand_in: dict[str, Any] = {}  # a row that shows TRL's constructor what kind of data comes
+
+    def __init__(self, model, args, train_dataset, eval_dataset=None, processing_class=None, **kwargs):
+        # TRL takes `datasets` only. Its constructor looks at one row and at nothing else, so it gets one of these, and
+        # ours, which open their pictures when a row is asked for, take their place.
+        stand_in = Dataset.from_list([self.stand_in])
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=stand_in,
+            eval_dataset=None if eval_dataset is None else stand_in,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        if REFERENCE in self.model.peft_config:
+            # TRL copies a given adapter as the reference, keeps the copy in memory and saves it beside the adapter.
+            # Ours is new: the reference is the base, which TRL falls back to when there is no copy.
+            self.model.delete_adapter(REFERENCE)
+        train_in_full_precision(self.model)  # TRL has just cast the adapter of a quantized model to bf16
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}. Lower --learning_rate, set "
+                "--max_grad_norm 1.0, or use --bf16 instead of --fp16. Checkpoints in "
+                f"{self.args.output_dir} are from before; the same command goes on from the last one."
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # TRL adds the metrics of the step under way to whatever is logged, and forgets them; a guard logs in between
+        aside = None
+        if "loss" not in logs and self.model.training:
+            aside, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        super().log(logs, start_time)
+        if aside is not None:
+            self._metrics["train"] = aside
+
+    def _save_checkpoint(self, model, trial) -> None:
+        check_finite(self.model, self.state.global_step)
+        with whole_or_nothing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """Write the adapter's card to the run's folder; TRL calls this with every checkpoint."""
+        if self.is_world_process_zero():
+            write_card(self.args.output_dir, self.model, self.state.log_history)
