@@ -16,16 +16,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from conversion.assembly_config import AssembleArguments, make_config, make_generation_config, make_processor
-from conversion.assembly_decoder import check_decoder_part, write_decoder_part
-from conversion.assembly_plan import DTYPE_FLAGS, AssemblyPlan, plan_tensors
-from conversion.chat_formats import ChatTemplate
-from conversion.command import make_parser, run_command
-from conversion.output_folder import check_output, new_folder
-from conversion.parts import Part, open_part
-from conversion.provenance import write_provenance
-from conversion.streaming import write_shards
-from conversion.vocabulary import Vocabulary, prepare_tokenizer
+from conversion.assembly.chat_formats import ChatTemplate
+from conversion.assembly.config import AssembleArguments, make_config, make_generation_config, make_processor
+from conversion.assembly.decoder import check_decoder_part, write_decoder_part
+from conversion.assembly.parts import Part, open_part
+from conversion.assembly.plan import DTYPE_FLAGS, AssemblyPlan, plan_tensors
+from conversion.assembly.provenance import write_provenance
+from conversion.assembly.vocabulary import Vocabulary, prepare_tokenizer
+from conversion.storage.command import make_parser, run_command
+from conversion.storage.output_folder import check_output, new_folder
+from conversion.storage.write import write_shards
 from modeling_pisces.arguments_pisces import COUNT, SEED, whole_number
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, read_json
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from conversion.command import make_parser, run_command
-from conversion.output_folder import check_output, new_folder
+from conversion.storage.command import make_parser, run_command
+from conversion.storage.output_folder import check_output, new_folder
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_config, read_json
 from modeling_pisces.hub_cards_pisces import check_card, default_card
 from modeling_pisces.hub_checks_pisces import check_repo_id

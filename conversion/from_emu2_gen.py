@@ -14,8 +14,18 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessorPil
 
-from conversion.command import make_parser, run_command
-from conversion.decoder_files import (
+from conversion.assembly.parts import Part
+from conversion.assembly.provenance import write_provenance
+from conversion.formats.emu2 import (
+    DROPPED_KEYS,
+    TOWER_PREFIX,
+    check_names,
+    expand_tower_keys,
+    expand_zero_keys,
+    tower_config,
+)
+from conversion.storage.command import make_parser, run_command
+from conversion.storage.decoder import (
     WEIGHTS,
     build_component,
     check_shapes,
@@ -24,20 +34,10 @@ from conversion.decoder_files import (
     state_shapes,
     write_decoder,
 )
-from conversion.emu2_keys import (
-    DROPPED_KEYS,
-    TOWER_PREFIX,
-    check_names,
-    expand_tower_keys,
-    expand_zero_keys,
-    tower_config,
-)
-from conversion.hub_files import find_folder, index_variant, read_weight_map, weight_patterns
-from conversion.output_folder import check_output, new_folder
-from conversion.parts import Part
-from conversion.planned_tensors import DTYPES, PlannedTensor, SourceTensor
-from conversion.provenance import write_provenance
-from conversion.streaming import write_shards
+from conversion.storage.hub_files import find_folder, index_variant, read_weight_map, weight_patterns
+from conversion.storage.output_folder import check_output, new_folder
+from conversion.storage.tensors import DTYPES, PlannedTensor, SourceTensor
+from conversion.storage.write import write_shards
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
 from modeling_pisces.checkpoint_files_pisces import read_json
 from modeling_pisces.pipeline_checks_pisces import check_decoder

@@ -13,10 +13,9 @@ from typing import Any
 
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaProcessor
 
-from conversion.carried_files import copy_generation_config
-from conversion.command import make_parser, run_command
-from conversion.llava_generation import GenerationSide, add_drawing_tokens, open_image_processor, plan_generation
-from conversion.llava_keys import (
+from conversion.assembly.parts import Part, open_part
+from conversion.assembly.provenance import write_provenance
+from conversion.formats.llava import (
     LLAVA_TO_PISCES,
     check_llava_config,
     check_tensors,
@@ -24,11 +23,12 @@ from conversion.llava_keys import (
     listed,
     rename_all,
 )
-from conversion.output_folder import check_output, new_folder
-from conversion.parts import Part, open_part
-from conversion.planned_tensors import DTYPES, PlannedTensor
-from conversion.provenance import write_provenance
-from conversion.streaming import write_shards
+from conversion.formats.llava_drawing import GenerationSide, add_drawing_tokens, open_image_processor, plan_generation
+from conversion.storage.carried_files import copy_generation_config
+from conversion.storage.command import make_parser, run_command
+from conversion.storage.output_folder import check_output, new_folder
+from conversion.storage.tensors import DTYPES, PlannedTensor
+from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor
 from modeling_pisces.arguments_pisces import COUNT, SEED
 from modeling_pisces.generation_config_pisces import own_generation_config

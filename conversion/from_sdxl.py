@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from conversion.command import make_parser, run_command
-from conversion.decoder_files import (
+from conversion.assembly.parts import Part, read_license
+from conversion.assembly.provenance import write_provenance
+from conversion.storage.command import make_parser, run_command
+from conversion.storage.decoder import (
     WEIGHTS,
     build_component,
     change_scheduler,
@@ -25,11 +27,9 @@ from conversion.decoder_files import (
     state_shapes,
     write_decoder,
 )
-from conversion.hub_files import find_folder, weight_patterns
-from conversion.output_folder import check_output, new_folder
-from conversion.parts import Part, read_license
-from conversion.planned_tensors import PlannedTensor, SourceTensor
-from conversion.provenance import write_provenance
+from conversion.storage.hub_files import find_folder, weight_patterns
+from conversion.storage.output_folder import check_output, new_folder
+from conversion.storage.tensors import PlannedTensor, SourceTensor
 from modeling_pisces.arguments_pisces import COUNT, SEED
 from modeling_pisces.checkpoint_files_pisces import read_json
 from modeling_pisces.pipeline_checks_pisces import check_decoder

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from conversion.carried_files import carry_files, carry_provenance
-from conversion.command import make_parser, run_command
-from conversion.output_folder import check_output, new_folder
-from conversion.planned_tensors import DTYPES, PlannedTensor, SourceTensor, index_tensors
-from conversion.probe import draw_vectors, largest_difference, make_probe, predict_vectors, text_logits
-from conversion.streaming import write_shards
+from conversion.checks.probe import draw_vectors, largest_difference, make_probe, predict_vectors, text_logits
+from conversion.storage.carried_files import carry_files, carry_provenance
+from conversion.storage.command import make_parser, run_command
+from conversion.storage.output_folder import check_output, new_folder
+from conversion.storage.tensors import DTYPES, PlannedTensor, SourceTensor, index_tensors
+from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
 from modeling_pisces.arguments_pisces import finite_number
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_config, read_json

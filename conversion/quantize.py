@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig, TorchAoConfig
 
-from conversion.carried_files import carry_files, carry_provenance
-from conversion.command import make_parser, run_command
-from conversion.output_folder import check_output, new_folder
-from conversion.probe import largest_difference, make_probe, text_logits
+from conversion.checks.probe import largest_difference, make_probe, text_logits
+from conversion.storage.carried_files import carry_files, carry_provenance
+from conversion.storage.command import make_parser, run_command
+from conversion.storage.output_folder import check_output, new_folder
 from modeling_pisces import PISCES_QUANT_SKIP_MODULES
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_json
 

@@ -14,10 +14,7 @@ from typing import Any
 
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaProcessor
 
-from conversion.carried_files import copy_generation_config
-from conversion.command import make_parser, run_command
-from conversion.llava_final_norm import add_norm_layer
-from conversion.llava_keys import (
+from conversion.formats.llava import (
     TOWERS_OF_LLAVA,
     check_pisces_config,
     check_tensors,
@@ -27,9 +24,12 @@ from conversion.llava_keys import (
     table_to_llava,
     tower_type,
 )
-from conversion.output_folder import check_output, new_folder
-from conversion.planned_tensors import PlannedTensor, index_tensors
-from conversion.streaming import write_shards
+from conversion.formats.llava_final_norm import add_norm_layer
+from conversion.storage.carried_files import copy_generation_config
+from conversion.storage.command import make_parser, run_command
+from conversion.storage.output_folder import check_output, new_folder
+from conversion.storage.tensors import PlannedTensor, index_tensors
+from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_config, read_json
 from modeling_pisces.configuration_pisces import num_prefix_tokens

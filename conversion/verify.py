@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from conversion.command import run_command
-from conversion.parts import Part, open_part
-from conversion.verify_parts import COMPARISONS, WholeModel
+from conversion.assembly.parts import Part, open_part
+from conversion.checks.parts import COMPARISONS, WholeModel
+from conversion.storage.command import run_command
 from modeling_pisces.arguments_pisces import LineParser, finite_number
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_json
 from modeling_pisces.command_ending_pisces import CommandFailed

@@ -22,10 +22,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from conversion import vocabulary
 from conversion.assemble import AssembleArguments, assemble, main
-from conversion.command import run_command
-from conversion.provenance import write_provenance
+from conversion.assembly import vocabulary
+from conversion.assembly.provenance import write_provenance
+from conversion.storage.command import run_command
 from modeling_pisces import PiscesGenVisionModel
 from tests.conversion.part_fixtures import (
     change_json,

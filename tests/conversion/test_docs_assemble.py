@@ -22,9 +22,9 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from conversion.decoder_files import build_component
 from conversion.from_sdxl import resized_config
 from conversion.quantize import METHODS
+from conversion.storage.decoder import build_component
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
 from modeling_pisces.cli_pisces import main as pisces
 from modeling_pisces.pipeline_pisces import PiscesPipeline

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers")
 
-from conversion.command import run_command
-from conversion.emu2_keys import TOWER_KEYS, check_names, expand_tower_keys, expand_zero_keys, tower_config
+from conversion.assembly.parts import open_part
+from conversion.formats.emu2 import TOWER_KEYS, check_names, expand_tower_keys, expand_zero_keys, tower_config
 from conversion.from_emu2_gen import from_emu2_gen, main, plan_tower
-from conversion.parts import open_part
-from conversion.planned_tensors import SourceTensor
+from conversion.storage.command import run_command
+from conversion.storage.tensors import SourceTensor
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel, pool_patches
 from modeling_pisces.model_loading_pisces import load_image_processor
 from modeling_pisces.pipeline_pisces import PiscesPipeline

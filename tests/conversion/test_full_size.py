@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipConfig, SiglipModel, SiglipVisionConfig
 
-from conversion.part_keys import expected_tensors, match_language_model, match_tower
-from conversion.parts import Part
-from conversion.planned_tensors import SourceTensor
+from conversion.assembly.part_keys import expected_tensors, match_language_model, match_tower
+from conversion.assembly.parts import Part
+from conversion.storage.tensors import SourceTensor
 from modeling_pisces import PiscesConfig, PiscesGenVisionConfig, PiscesGenVisionModel
 
 

@@ -15,11 +15,11 @@ from transformers import (
     LlavaProcessor,
 )
 
+from conversion.formats.llava import LLAVA_TO_PISCES, PISCES_TO_LLAVA, rename
+from conversion.formats.llava_drawing import GenerationSide
 from conversion.from_llava import from_llava
 from conversion.from_llava import main as from_llava_main
-from conversion.llava_generation import GenerationSide
-from conversion.llava_keys import LLAVA_TO_PISCES, PISCES_TO_LLAVA, rename
-from conversion.planned_tensors import index_tensors
+from conversion.storage.tensors import index_tensors
 from conversion.to_llava import main as to_llava_main
 from conversion.to_llava import to_llava
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor

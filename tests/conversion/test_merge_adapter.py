@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from conversion import merge_adapter as module
+from conversion.checks.probe import draw_vectors, largest_difference, make_probe, text_logits
 from conversion.merge_adapter import main, merge_adapter
-from conversion.probe import draw_vectors, largest_difference, make_probe, text_logits
 from tests.checkpoint_folder import write_checkpoint
 from tests.conversion.part_fixtures import change_json
 from tests.fixtures import make_model, make_processor

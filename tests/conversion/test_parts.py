@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conversion.parts import open_part
+from conversion.assembly.parts import open_part
 from tests.conversion.part_fixtures import (
     change_json,
     write_clip,

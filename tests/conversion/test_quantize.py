@@ -12,8 +12,8 @@ from transformers import AutoModel, AutoModelForMultimodalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import conversion.quantize as module
-from conversion.command import run_command
 from conversion.quantize import METHODS, check_quantized, main, quantization_config, quantize, quantized_modules
+from conversion.storage.command import run_command
 from modeling_pisces import PISCES_QUANT_SKIP_MODULES, PiscesConfig, PiscesForConditionalGeneration, PiscesModel
 from tests.fixtures import make_config, make_model, make_processor
 

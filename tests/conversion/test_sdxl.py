@@ -11,11 +11,11 @@ pytest.importorskip("diffusers")
 
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
-from conversion.command import run_command
-from conversion.decoder_files import build_component, change_scheduler, state_shapes
+from conversion.assembly.parts import open_part
 from conversion.from_sdxl import from_sdxl, main, resize_unet, resized_config
-from conversion.parts import open_part
-from conversion.planned_tensors import SourceTensor
+from conversion.storage.command import run_command
+from conversion.storage.decoder import build_component, change_scheduler, state_shapes
+from conversion.storage.tensors import SourceTensor
 from modeling_pisces.pipeline_pisces import PiscesPipeline
 from tests.conversion.emu2_fixtures import serve, write_decoder_parts
 from tests.conversion.part_fixtures import change_json

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion import streaming
-from conversion.output_folder import new_folder
-from conversion.planned_tensors import PlannedTensor, index_tensors
-from conversion.streaming import parse_size, write_shards
+from conversion.storage import write as streaming
+from conversion.storage.output_folder import new_folder
+from conversion.storage.tensors import PlannedTensor, index_tensors
+from conversion.storage.write import parse_size, write_shards
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from numpy.random import Generator
 from PIL import Image
 
-from conversion.chat_formats import FORMATS, make_chat_template
+from conversion.assembly.chat_formats import FORMATS, make_chat_template
 from modeling_pisces import PiscesProcessor
 from tests.fixtures import make_processor, make_tokenizer
 from tests.fuzz.outcomes import Refusable, Wrong

@@ -9,8 +9,8 @@ import signal
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conversion.hub_files import index_variant
-from conversion.planned_tensors import index_tensors
+from conversion.storage.hub_files import index_variant
+from conversion.storage.tensors import index_tensors
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, read_json, weight_files
 from modeling_pisces.cli_pisces import main
 from modeling_pisces.hub_pisces import export_to_folder

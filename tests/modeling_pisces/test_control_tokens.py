@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from transformers import AddedToken
 
-from conversion.chat_formats import FORMATS, make_chat_template
+from conversion.assembly.chat_formats import FORMATS, make_chat_template
 from modeling_pisces import PiscesProcessor
 from modeling_pisces.control_tokens_pisces import find_control_tokens
 from tests.fixtures import make_processor, make_tokenizer

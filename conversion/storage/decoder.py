@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion.hub_files import index_variant
-from conversion.planned_tensors import PlannedTensor, SourceTensor
-from conversion.streaming import write_shards
+from conversion.storage.hub_files import index_variant
+from conversion.storage.tensors import PlannedTensor, SourceTensor
+from conversion.storage.write import write_shards
 from modeling_pisces.checkpoint_files_pisces import read_json
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from conversion.parts import Part
-from conversion.planned_tensors import SourceTensor
+from conversion.assembly.parts import Part
+from conversion.storage.tensors import SourceTensor
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
 
 

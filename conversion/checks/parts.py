@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration
 
-from conversion.parts import Part
-from conversion.probe import NUM_WORDS, largest_difference, make_probe, random_pixels, random_words, text_logits
+from conversion.assembly.parts import Part
+from conversion.checks.probe import NUM_WORDS, largest_difference, make_probe, random_pixels, random_words, text_logits
 from modeling_pisces import PiscesForConditionalGeneration, PiscesGenVisionModel, PiscesProcessor
 from modeling_pisces.checkpoint_files_pisces import read_json
 from modeling_pisces.configuration_pisces import num_patches

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 
-from conversion.planned_tensors import PlannedTensor, SourceTensor
+from conversion.storage.tensors import PlannedTensor, SourceTensor
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
 from modeling_pisces.configuration_pisces import num_prefix_tokens
 

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conversion.decoder_files import CLASSES, WEIGHTS, build_component, check_shapes, read_component, state_shapes
-from conversion.parts import Part
-from conversion.planned_tensors import PlannedTensor, index_tensors
-from conversion.streaming import write_shards
+from conversion.assembly.parts import Part
+from conversion.storage.decoder import CLASSES, WEIGHTS, build_component, check_shapes, read_component, state_shapes
+from conversion.storage.tensors import PlannedTensor, index_tensors
+from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig
 from modeling_pisces.checkpoint_files_pisces import DECODER_PARTS
 from modeling_pisces.pipeline_checks_pisces import check_decoder

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conversion.assembly_config import AssembleArguments
-from conversion.new_tensors import new_module_tensors, new_rows
-from conversion.part_keys import LM_HEAD, expected_tensors, match_language_model, match_tower
-from conversion.parts import Part
-from conversion.planned_tensors import DTYPES, PlannedTensor, SourceTensor
-from conversion.vocabulary import Vocabulary
+from conversion.assembly.config import AssembleArguments
+from conversion.assembly.new_tensors import new_module_tensors, new_rows
+from conversion.assembly.part_keys import LM_HEAD, expected_tensors, match_language_model, match_tower
+from conversion.assembly.parts import Part
+from conversion.assembly.vocabulary import Vocabulary
+from conversion.storage.tensors import DTYPES, PlannedTensor, SourceTensor
 from modeling_pisces import PiscesConfig
 
 

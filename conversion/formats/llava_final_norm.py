@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from conversion.planned_tensors import DTYPES, PlannedTensor, SourceTensor
+from conversion.storage.tensors import DTYPES, PlannedTensor, SourceTensor
 from modeling_pisces import PiscesConfig
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion.parts import Part
+from conversion.assembly.parts import Part
 
 
 FILE_NAME = "provenance.json"

@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image
 from transformers import GenerationConfig
 
-from conversion.chat_formats import ChatTemplate, make_chat_template
-from conversion.parts import Part
-from conversion.vocabulary import PISCES_TOKENS, Vocabulary
+from conversion.assembly.chat_formats import ChatTemplate, make_chat_template
+from conversion.assembly.parts import Part
+from conversion.assembly.vocabulary import PISCES_TOKENS, Vocabulary
 from modeling_pisces import PiscesConfig, PiscesProcessor
 from modeling_pisces.configuration_pisces import num_prefix_tokens
 from modeling_pisces.generation_config_pisces import read_generation_config

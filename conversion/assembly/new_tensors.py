@@ -6,7 +6,7 @@
 
 import torch
 
-from conversion.planned_tensors import SourceTensor
+from conversion.storage.tensors import SourceTensor
 from modeling_pisces import PiscesConfig, PiscesModel
 
 

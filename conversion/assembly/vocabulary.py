@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from conversion.parts import Part
+from conversion.assembly.parts import Part
 
 
 PISCES_TOKENS = {

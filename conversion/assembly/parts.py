@@ -19,10 +19,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from conversion.hub_files import find_folder
-from conversion.output_folder import new_folder
-from conversion.planned_tensors import DTYPE_NAMES, PlannedTensor, SourceTensor, index_tensors
-from conversion.streaming import write_shards
+from conversion.storage.hub_files import find_folder
+from conversion.storage.output_folder import new_folder
+from conversion.storage.tensors import DTYPE_NAMES, PlannedTensor, SourceTensor, index_tensors
+from conversion.storage.write import write_shards
 from modeling_pisces import PiscesGenVisionConfig
 from modeling_pisces.checkpoint_files_pisces import read_json
 from modeling_pisces.configuration_pisces import num_patches

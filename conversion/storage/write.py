@@ -1,7 +1,7 @@
 """Writes safetensors files as byte ranges of others, so that no checkpoint is ever held in memory as a whole.
 
 Every command of this room goes through `write_shards`: it streams the bytes of a plan, a list of `PlannedTensor`, into
-a folder of `conversion.output_folder`, and hashes them on the way.
+a folder of `conversion.storage.output_folder`, and hashes them on the way.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from tqdm import tqdm
 
-from conversion.planned_tensors import DTYPES, PlannedTensor, SourceTensor, as_tensor
+from conversion.storage.tensors import DTYPES, PlannedTensor, SourceTensor, as_tensor
 
 
 # pieces stay in a core's cache between reading, hashing and writing; enough of them that neither hashing nor writing

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from conversion.planned_tensors import SourceTensor, index_tensors
+from conversion.storage.tensors import SourceTensor, index_tensors
 from modeling_pisces.checkpoint_files_pisces import read_weight_map as read_index
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from conversion.new_tensors import new_module_tensors
-from conversion.part_keys import expected_tensors, match_tower
-from conversion.parts import Part, open_part
-from conversion.planned_tensors import DTYPE_NAMES, PlannedTensor
-from conversion.vocabulary import PISCES_TOKENS
+from conversion.assembly.new_tensors import new_module_tensors
+from conversion.assembly.part_keys import expected_tensors, match_tower
+from conversion.assembly.parts import Part, open_part
+from conversion.assembly.vocabulary import PISCES_TOKENS
+from conversion.storage.tensors import DTYPE_NAMES, PlannedTensor
 from modeling_pisces import PiscesConfig
 from modeling_pisces.model_loading_pisces import load_image_processor
 

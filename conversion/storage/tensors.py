@@ -1,7 +1,7 @@
 """Which tensors a folder holds, and which a new one shall hold: places of bytes, nothing read but headers.
 
 `index_tensors` says where each tensor of a folder lies; a plan is a list of `PlannedTensor`, which
-`conversion.streaming` writes. What the tensors mean is left to the callers.
+`conversion.storage.write` writes. What the tensors mean is left to the callers.
 """
 
 import json

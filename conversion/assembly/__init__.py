@@ -1,0 +1,1 @@
+"""Plans a checkpoint from parts: its tensors, names, configuration and vocabulary."""

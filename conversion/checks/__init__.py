@@ -1,0 +1,1 @@
+"""What `conversion.verify` compares, part by part."""

@@ -1,0 +1,1 @@
+"""What other projects call the same tensors."""

@@ -1,0 +1,1 @@
+"""Tensors and files on disk: where their bytes lie, and how they are written whole or not at all."""
