@@ -14,15 +14,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from evaluation.drawings_folder import (
-    SEED_RULE,
-    picture_path,
-    picture_seed,
-    write_for_scorer,
-    write_metadata,
-)
-from evaluation.prompt_sets import Prompt, load_prompts, load_rewritten, prompt_files, split_spec
-from evaluation.run_files import (
+from evaluation.drawing.folder import SEED_RULE, picture_path, picture_seed, write_for_scorer, write_metadata
+from evaluation.drawing.prompt_sets import Prompt, load_prompts, load_rewritten, prompt_files, split_spec
+from evaluation.runs.files import (
     describe_machine,
     hash_files,
     identify_weights,
@@ -30,7 +24,7 @@ from evaluation.run_files import (
     parse_shard,
     take_shard,
 )
-from evaluation.summaries import seed_generators
+from evaluation.runs.summaries import seed_generators
 from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, finite_number
 from modeling_pisces.command_ending_pisces import one_line_ending
 from modeling_pisces.file_writing_pisces import write_whole

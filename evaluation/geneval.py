@@ -4,8 +4,9 @@
 
 The official scorer finds objects with mmdet's Mask2Former; here any detector of transformers does, so the numbers are
 comparable among themselves and not with published ones until agreement is shown. Rules are in
-`evaluation.geneval_rules`, models in `evaluation.detectors`. Every picture's verdict is kept in a folder beside the
-results file, where a killed run goes on; `--shard 1/2` and `--shard 2/2` share the work, and the last one sums up.
+`evaluation.drawing.geneval_rules`, models in `evaluation.drawing.detectors`. Every picture's verdict is kept in a
+folder beside the results file, where a killed run goes on; `--shard 1/2` and `--shard 2/2` share the work, and the
+last one sums up.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation.detectors import ColorClassifier, load_detector
-from evaluation.drawings_folder import picture_path, read_entries, read_run
-from evaluation.geneval_rules import Detect, NameColors, Thresholds, judge
-from evaluation.prompt_sets import check_geneval_row
-from evaluation.run_files import (
+from evaluation.drawing.detectors import ColorClassifier, load_detector
+from evaluation.drawing.folder import picture_path, read_entries, read_run
+from evaluation.drawing.geneval_rules import Detect, NameColors, Thresholds, judge
+from evaluation.drawing.prompt_sets import check_geneval_row
+from evaluation.runs.files import (
     cut_half_line,
     describe_command,
     describe_machine,
@@ -33,7 +34,7 @@ from evaluation.run_files import (
     read_lines,
     take_shard,
 )
-from evaluation.summaries import Outcomes, drawing_summary
+from evaluation.runs.summaries import Outcomes, drawing_summary
 from modeling_pisces.arguments_pisces import COUNT, SHARE, LineParser, finite_number
 from modeling_pisces.command_ending_pisces import one_line_ending
 from modeling_pisces.file_writing_pisces import append_line, write_json

@@ -22,14 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.clip_vectors import ClipVectors
-from evaluation.drawings_folder import picture_path, read_entries, read_run
-from evaluation.run_files import (
-    describe_command,
-    describe_machine,
-    hash_files,
-    keep_settings,
-)
+from evaluation.drawing.clip import ClipVectors
+from evaluation.drawing.folder import picture_path, read_entries, read_run
+from evaluation.runs.files import describe_command, describe_machine, hash_files, keep_settings
 from modeling_pisces.arguments_pisces import LineParser
 from modeling_pisces.command_ending_pisces import one_line_ending
 from modeling_pisces.file_writing_pisces import write_json

@@ -118,7 +118,7 @@ def test_files_are_written_in_one_place():
         "modeling_pisces/file_writing_pisces.py",
         "finetune/tiny/assemble.py",
         "evaluation/study/steps.py",  # the log of a step
-        "evaluation/understanding_harness.py",  # logs of the harness
+        "evaluation/understanding/harness.py",  # logs of the harness
         "benchmarks/assemble.py",  # in a temporary folder
     }
     writing = re.compile(

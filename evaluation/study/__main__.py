@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evaluation.run_files import describe_machine, keep_settings
+from evaluation.runs.files import describe_machine, keep_settings
 from evaluation.study.arms import BUDGETS
 from evaluation.study.report import check_page, report
 from evaluation.study.steps import Plan, run_plan

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evaluation.plots import DIGEST, make_figure, save_figure
+from evaluation.report.plots import DIGEST, make_figure, save_figure
 from evaluation.study.arms import ARMS, QUESTIONS
 from modeling_pisces.image_loading_pisces import open_picture
 

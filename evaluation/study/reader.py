@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from evaluation.summaries import Outcomes, batches, seed_generators, summarize
+from evaluation.runs.summaries import Outcomes, batches, seed_generators, summarize
 from modeling_pisces.file_writing_pisces import write_json, write_whole
 from modeling_pisces.image_loading_pisces import load_image
 
@@ -183,8 +183,8 @@ def check_reader(pipeline, reader: VectorReader, data: Path, num_drawings: int) 
     Returns:
         "strict_reader" and "strict_decoder" with intervals, and "agreement", the share of drawings with equal verdict.
     """
-    from evaluation.scene_detector import detect_objects, load_silhouettes
-    from evaluation.scene_scorer import score_scene
+    from evaluation.scenes.detector import detect_objects, load_silhouettes
+    from evaluation.scenes.scorer import score_scene
 
     rows, silhouettes = read_rows(data, num_drawings), load_silhouettes(data)
     outcomes: Outcomes = defaultdict(list)

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evaluation.card import replace_section, table
-from evaluation.run_files import describe_machine
+from evaluation.report.card import replace_section, table
+from evaluation.runs.files import describe_machine
 from evaluation.study.arms import ARMS, BUDGETS, QUESTIONS
 from evaluation.study.plots import is_current, plot_question
 from modeling_pisces.file_writing_pisces import write_json, write_whole

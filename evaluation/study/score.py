@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from evaluation.scenes import answer_questions
+from evaluation.runs.summaries import answer_summary, batches, summarize
+from evaluation.scenes.benchmark import answer_questions
 from evaluation.study.reader import VectorReader, caption_of, encode_rows, read_rows, scene_labels, score_readings
-from evaluation.summaries import answer_summary, batches, summarize
 
 
 CAPTIONS = {"short": "describe", "detailed": "describe_detail"}

@@ -1,6 +1,6 @@
 """Draws the scenes of pisces-tiny and writes them as a data folder: pictures, captions, questions, truth.
 
-`python -m finetune.scenes` is the command; training reads the folder, and `evaluation.scene_scorer` reads only the
+`python -m finetune.scenes` is the command; training reads the folder, and `evaluation.scenes.scorer` reads only the
 files, never this code. What a scene is stands in `finetune.scenes.layout`, what is said about it in
 `finetune.scenes.text` and `finetune.scenes.questions`, and what to draw for a score in `finetune.scenes.prompts`.
 """

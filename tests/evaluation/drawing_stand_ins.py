@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 
-from evaluation.detectors import COLORS
-from evaluation.prompt_sets import RELATIONS
+from evaluation.drawing.detectors import COLORS
+from evaluation.drawing.prompt_sets import RELATIONS
 
 
 CLASSES = (*(f"thing{number}" for number in range(77)), "bench", "wine glass", "computer mouse")

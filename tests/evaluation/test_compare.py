@@ -1,13 +1,14 @@
-"""Claims about `evaluation.compare`."""
+"""Claims about `evaluation.report.compare`."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from evaluation import compare, plots, report
-from evaluation.compare import Measured
-from evaluation.summaries import drawing_summary, summarize
+from evaluation.report import compare, plots
+from evaluation.report import pages as report
+from evaluation.report.compare import Measured
+from evaluation.runs.summaries import drawing_summary, summarize
 from modeling_pisces.measurement_pisces import wilson_interval
 
 

@@ -1,4 +1,4 @@
-"""Claims about `evaluation.detectors`: tiny random models of each family, whose answers are bent to be known."""
+"""Claims about `evaluation.drawing.detectors`: tiny random models of each family, whose answers are bent to be known."""
 
 from types import SimpleNamespace
 
@@ -18,8 +18,8 @@ from transformers import (
     YolosForObjectDetection,
 )
 
-from evaluation.detectors import COLORS, ColorClassifier, box_of, cut_out, load_detector
-from evaluation.geneval_rules import Found
+from evaluation.drawing.detectors import COLORS, ColorClassifier, box_of, cut_out, load_detector
+from evaluation.drawing.geneval_rules import Found
 from tests.evaluation.tiny_clip import TEXT, VISION, write_clip, write_tokenizer
 from tests.fixtures import make_model
 
@@ -79,7 +79,7 @@ def test_a_model_that_finds_no_objects_is_refused(tmp_path):
 
 
 def test_a_detector_that_needs_scipy_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.detectors.is_scipy_available", lambda: False)
+    monkeypatch.setattr("evaluation.drawing.detectors.is_scipy_available", lambda: False)
     Mask2FormerConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"a mask2former needs scipy. pip install scipy"):
         load_detector(str(tmp_path), None, ["person"], 0.3)

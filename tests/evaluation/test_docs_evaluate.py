@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation import clip_vectors, draw_prompts, geneval, picture_metrics, prompt_sets, understanding
-from evaluation.geneval_rules import Found, Thresholds
+from evaluation import draw_prompts, geneval, picture_metrics
+from evaluation.drawing import clip as clip_vectors
+from evaluation.drawing import prompt_sets
+from evaluation.drawing.geneval_rules import Found, Thresholds
+from evaluation.understanding import benchmark as understanding
 from tests.evaluation.drawing_stand_ins import ScriptedPipeline, geneval_entries, write_lines, write_wise
 from tests.evaluation.tiny_clip import write_clip
 from tests.evaluation.understanding_stand_ins import TASKS, make_whole_plan, write_fake_harness, write_parquet

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evaluation import draw_prompts, prompt_sets
-from evaluation.drawings_folder import picture_path, picture_seed, read_entries
-from evaluation.run_files import identify_weights
+from evaluation import draw_prompts
+from evaluation.drawing import prompt_sets
+from evaluation.drawing.folder import picture_path, picture_seed, read_entries
+from evaluation.runs.files import identify_weights
 from tests.checkpoint_folder import write_checkpoint
 from tests.evaluation.drawing_stand_ins import ScriptedPipeline, write_lines, write_wise
 
@@ -158,7 +159,7 @@ def test_a_folder_of_other_settings_is_refused_before_drawing(prompts, pipeline,
 
 def test_another_commit_goes_on_and_is_recorded(prompts, pipeline, tmp_path, monkeypatch):
     for commit in ("aaa", "bbb", "aaa"):
-        monkeypatch.setattr("evaluation.run_files.current_commit", lambda commit=commit: commit)
+        monkeypatch.setattr("evaluation.runs.files.current_commit", lambda commit=commit: commit)
         draw(prompts, tmp_path / "out")
     assert json.loads((tmp_path / "out/run.json").read_text())["commits"] == ["aaa", "bbb"]
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from evaluation import geneval
-from evaluation.drawings_folder import picture_path
-from evaluation.geneval_rules import Found, Thresholds, judge, keep_confident, overlap, relations_of
-from evaluation.scene_detector import detect_objects, load_silhouettes
+from evaluation.drawing.folder import picture_path
+from evaluation.drawing.geneval_rules import Found, Thresholds, judge, keep_confident, overlap, relations_of
+from evaluation.scenes.detector import detect_objects, load_silhouettes
 from finetune.scenes.layout import RELATIONS, Scene, group_cells, make_scene, pair_cells
 from finetune.scenes.prompts import prompts_for_evaluation
 from finetune.scenes.render import render_scene, write_silhouettes

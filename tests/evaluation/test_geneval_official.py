@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evaluation.geneval_rules import Found, Thresholds, judge
-from evaluation.prompt_sets import GENEVAL_TASKS, load_prompts
+from evaluation.drawing.geneval_rules import Found, Thresholds, judge
+from evaluation.drawing.prompt_sets import GENEVAL_TASKS, load_prompts
 from tests.official_code import load_functions
 
 

@@ -1,4 +1,4 @@
-"""Claims about `evaluation.picture_metrics` and `evaluation.clip_vectors`: formulas by hand, a tiny CLIP end to end."""
+"""Claims about `evaluation.picture_metrics` and `evaluation.drawing.clip`: formulas by hand, a tiny CLIP end to end."""
 
 import json
 import math
@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import clip_vectors, draw_prompts, picture_metrics
+from evaluation import draw_prompts, picture_metrics
+from evaluation.drawing import clip as clip_vectors
 from evaluation.picture_metrics import clip_scores, cmmd, mean_over_prompts
 from tests.evaluation.drawing_stand_ins import ScriptedPipeline, write_lines
 from tests.evaluation.tiny_clip import write_clip

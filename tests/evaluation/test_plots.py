@@ -1,4 +1,4 @@
-"""Claims about `evaluation.plots`: what is drawn, and that a stale plot is found."""
+"""Claims about `evaluation.report.plots`: what is drawn, and that a stale plot is found."""
 
 import json
 import sys
@@ -6,7 +6,8 @@ import sys
 import pytest
 from PIL import Image
 
-from evaluation import plots, report
+from evaluation.report import pages as report
+from evaluation.report import plots
 
 
 def write(path, curve):

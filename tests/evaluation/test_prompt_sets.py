@@ -1,4 +1,4 @@
-"""Claims about `evaluation.prompt_sets`; the files are made here, in the formats of the sets' authors."""
+"""Claims about `evaluation.drawing.prompt_sets`; the files are made here, in the formats of the sets' authors."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.prompt_sets import GENEVAL_TASKS, load_prompts, load_rewritten
+from evaluation.drawing.prompt_sets import GENEVAL_TASKS, load_prompts, load_rewritten
 from tests.evaluation.drawing_stand_ins import geneval_entries, write_lines, write_wise
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from evaluation import card, report
+from evaluation.report import card
+from evaluation.report import pages as report
 
 
 ROOT = Path(__file__).parents[2]

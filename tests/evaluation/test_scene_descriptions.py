@@ -1,11 +1,11 @@
-"""Claims about `evaluation.scene_descriptions`: every plain caption of the world is read right, wrong ones are not."""
+"""Claims about `evaluation.scenes.descriptions`: every plain caption of the world is read right, wrong ones are not."""
 
 import json
 import random
 
 import pytest
 
-from evaluation.scene_descriptions import agrees, parse_description
+from evaluation.scenes.descriptions import agrees, parse_description
 from finetune.scenes.layout import COLORS, SHAPES, sample_scene
 from finetune.scenes.prompts import prompts_for_evaluation
 from finetune.scenes.text import describe

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-import evaluation.scene_detector
-import evaluation.scene_scorer
-from evaluation.scene_detector import DetectedObject, Detection, detect_objects, label_components, load_silhouettes
-from evaluation.scene_scorer import main, prompts_from_truth, score_prompt, score_scene, validate
+import evaluation.scenes.detector
+import evaluation.scenes.scorer
+from evaluation.scenes.detector import DetectedObject, Detection, detect_objects, label_components, load_silhouettes
+from evaluation.scenes.scorer import main, prompts_from_truth, score_prompt, score_scene, validate
 from finetune.scenes.render import make_row, write_scenes
 
 
@@ -212,7 +212,7 @@ def test_a_drawing_fails_exactly_what_its_prompt_asks_and_it_lacks(asked, object
 def test_a_group_is_at_its_place_and_at_no_other(place, spots):
     detected = Detection("light", [found("red star", x, y) for x, y in spots])
     asked = {
-        name: prompt({"class": "star", "count": len(spots)}, place=name) for name in evaluation.scene_scorer.PLACES
+        name: prompt({"class": "star", "count": len(spots)}, place=name) for name in evaluation.scenes.scorer.PLACES
     }
     assert [name for name, row in asked.items() if score_prompt(detected, row)["correct"]] == [place]
 
@@ -241,7 +241,7 @@ def test_the_command_ends_with_the_reason_where_there_are_no_scenes(tmp_path):
 
 
 def test_the_scorer_does_not_import_the_room_that_draws():
-    for module in (evaluation.scene_scorer, evaluation.scene_detector):
+    for module in (evaluation.scenes.scorer, evaluation.scenes.detector):
         text = Path(module.__file__).read_text(encoding="utf-8")
         assert "import finetune" not in text and "from finetune" not in text
 

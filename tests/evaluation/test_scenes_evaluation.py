@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import scenes
-from evaluation.kept_batches import KeptBatches
-from evaluation.scene_detector import load_silhouettes
+from evaluation.runs.batches import KeptBatches
+from evaluation.scenes import benchmark as scenes
+from evaluation.scenes.detector import load_silhouettes
 from finetune.scenes.render import write_scenes
 from modeling_pisces.measurement_pisces import wilson_interval
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import understanding, understanding_harness
 from evaluation.lmms_eval_plugin.pisces_lmms_eval import answers
-from evaluation.understanding_harness import build_environment, last_error, probe
-from evaluation.understanding_tasks import SUITE
+from evaluation.understanding import benchmark as understanding
+from evaluation.understanding import harness as understanding_harness
+from evaluation.understanding.harness import build_environment, last_error, probe
+from evaluation.understanding.tasks import SUITE
 from tests.evaluation.understanding_stand_ins import (
     PROBED,
     TASKS,

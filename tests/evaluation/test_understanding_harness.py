@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import understanding, understanding_harness
+from evaluation.understanding import benchmark as understanding
+from evaluation.understanding import harness as understanding_harness
 from tests.evaluation.understanding_stand_ins import (
     TASKS,
     install_scripted_model,

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from evaluation.understanding_tasks import SUITE, Task
+from evaluation.understanding.tasks import SUITE, Task
 from tests.fixtures import make_model, make_processor
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.new_concept import Share, change, compare, share_of
-from evaluation.scene_detector import detect_objects, load_silhouettes
-from evaluation.scene_scorer import score_scene
+from evaluation.scenes.detector import detect_objects, load_silhouettes
+from evaluation.scenes.scorer import score_scene
 from finetune.data.load import load_data
 from finetune.data.schema import side_of
 from finetune.scenes.layout import COLORS

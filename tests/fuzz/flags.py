@@ -96,7 +96,7 @@ COMMANDS = (
     Command("evaluation.understanding", "--model {d}/a --tasks mme --output {d}/out.json", "evaluate"),
     Command("evaluation.draw_prompts", "--model {d}/a --prompts own:{d}/p.txt --output {d}/out", "draw"),
     Command("evaluation.scenes", "--model {d}/a --data {d}/data --output {d}/out.json", "evaluate"),
-    Command("evaluation.scene_scorer", "--data {d}/data --validate", "validate"),
+    Command("evaluation.scenes.scorer", "--data {d}/data --validate", "validate"),
     Command("evaluation.study.__main__", "run --work {d}/work --model {d}/a", "run"),
     Command(
         "evaluation.study.__main__", "report --work {d}/work --results {d}/r.json --page {d}/p.md", "write_report"

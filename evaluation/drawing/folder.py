@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from evaluation.prompt_sets import GENEVAL_TASKS, Prompt
+from evaluation.drawing.prompt_sets import GENEVAL_TASKS, Prompt
 from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import load_image
 

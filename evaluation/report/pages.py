@@ -5,8 +5,9 @@
     python -m evaluation.report compare before.json after.json --output comparison.md
     python -m evaluation.report curves results/tiny/*.json --output curves.png
 
-Nobody types a number: `card` writes what stands between the markers of a page (`evaluation.card`) and the plot of
-both sides' scores beside the results file (`evaluation.plots`); `compare` marks what got worse (`evaluation.compare`).
+Nobody types a number: `card` writes what stands between the markers of a page (`evaluation.report.card`) and the plot
+of both sides' scores beside the results file (`evaluation.report.plots`); `compare` marks what got worse
+(`evaluation.report.compare`).
 """
 
 import argparse
@@ -14,9 +15,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evaluation.card import WRITER, Sources, fill, plot_of, read_scenes
-from evaluation.compare import compare
-from evaluation.plots import is_current, plot_curves, plot_scores, score_panels
+from evaluation.report.card import WRITER, Sources, fill, plot_of, read_scenes
+from evaluation.report.compare import compare
+from evaluation.report.plots import is_current, plot_curves, plot_scores, score_panels
 from modeling_pisces.arguments_pisces import LineParser
 from modeling_pisces.command_ending_pisces import CommandFailed, one_line_ending
 from modeling_pisces.file_writing_pisces import write_whole
@@ -101,7 +102,3 @@ def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     with one_line_ending():
         options.write(options)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,8 +4,8 @@
 
 lmms-eval brings questions and scores, in an environment of its own (`make lmms-eval`); our plug-in for it,
 evaluation/lmms_eval_plugin, brings the checkpoint. Answers are kept in a folder beside the results file, where a
-killed run goes on. The tasks are in `evaluation.understanding_tasks`, the subprocess in
-`evaluation.understanding_harness`, and what is believed of its files in `evaluation.understanding_results`.
+killed run goes on. The tasks are in `evaluation.understanding.tasks`, the subprocess in
+`evaluation.understanding.harness`, and what is believed of its files in `evaluation.understanding.results`.
 """
 
 import argparse
@@ -16,15 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluation.run_files import (
-    describe_command,
-    describe_machine,
-    identify_weights,
-    keep_settings,
-)
-from evaluation.understanding_harness import ROOT, Run, ask_and_score, check_data, probe
-from evaluation.understanding_results import collect_items, read_metrics, read_run, sum_up
-from evaluation.understanding_tasks import SUITE, Task
+from evaluation.runs.files import describe_command, describe_machine, identify_weights, keep_settings
+from evaluation.understanding.harness import ROOT, Run, ask_and_score, check_data, probe
+from evaluation.understanding.results import collect_items, read_metrics, read_run, sum_up
+from evaluation.understanding.tasks import SUITE, Task
 from modeling_pisces.arguments_pisces import COUNT, LineParser
 from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
 from modeling_pisces.command_ending_pisces import one_line_ending
@@ -177,7 +172,3 @@ def main(arguments: list[str] | None = None) -> None:
             part = "" if item["is_whole"] else ", not the whole task"
             score = f"{item['value']:.4g}{interval}, {item['scale']}, {item['n']} items{part}"
             print(f"{name:<24} {item['metric']:<22} {score}")
-
-
-if __name__ == "__main__":
-    main()

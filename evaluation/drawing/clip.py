@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.detectors import load_clip, to_unit
-from evaluation.run_files import identify_weights
+from evaluation.drawing.detectors import load_clip, to_unit
+from evaluation.runs.files import identify_weights
 from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import load_image
 

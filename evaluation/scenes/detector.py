@@ -1,6 +1,6 @@
 """Reads a picture of coloured shapes: which background, and which objects of which colour, shape, place and size.
 
-`evaluation.scene_scorer` compares what is found here with the truth. Everything about the world (outlines, colours,
+`evaluation.scenes.scorer` compares what is found here with the truth. Everything about the world (outlines, colours,
 lattice) comes from `shapes.png` and `shapes.json` of a data folder. Drawn pictures may be a little blurred, noisy or
 pale; what no longer looks like one of the shapes is reported as "unknown" and never guessed.
 """

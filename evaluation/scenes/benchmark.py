@@ -3,7 +3,7 @@
 `python -m evaluation.scenes --model pisces-tiny --data HELDOUT --output results/NAME.json` writes one results file
 with every number, its confidence interval and its protocol, and next to it a sheet of drawings and a table of answers.
 The same command goes on where a killed one stopped.
-The data folder is written by `python -m finetune.scenes --split heldout`; the scorer is `evaluation.scene_scorer`.
+The data folder is written by `python -m finetune.scenes --split heldout`; the scorer is `evaluation.scenes.scorer`.
 """
 
 import argparse
@@ -19,12 +19,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from evaluation.kept_batches import KeptBatches
-from evaluation.run_files import describe_machine, hash_files, identify_weights, keep_settings
-from evaluation.scene_descriptions import describe_drawings
-from evaluation.scene_detector import detect_objects, load_silhouettes
-from evaluation.scene_scorer import score_prompt, score_scene
-from evaluation.summaries import (
+from evaluation.runs.batches import KeptBatches
+from evaluation.runs.files import describe_machine, hash_files, identify_weights, keep_settings
+from evaluation.runs.summaries import (
     Outcomes,
     answer_summary,
     drawing_summary,
@@ -32,6 +29,9 @@ from evaluation.summaries import (
     seed_generators,
     summarize,
 )
+from evaluation.scenes.descriptions import describe_drawings
+from evaluation.scenes.detector import detect_objects, load_silhouettes
+from evaluation.scenes.scorer import score_prompt, score_scene
 from modeling_pisces.arguments_pisces import COUNT, LineParser, finite_number
 from modeling_pisces.checkpoint_files_pisces import find_checkpoint
 from modeling_pisces.command_ending_pisces import one_line_ending
@@ -315,7 +315,3 @@ def main() -> None:
         for name, part in results.items():
             if isinstance(part, dict) and "overall" in part:
                 print(name, json.dumps(part["overall"]))
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 from transformers.utils import is_scipy_available
 
-from evaluation.geneval_rules import Detect, Found
+from evaluation.drawing.geneval_rules import Detect, Found
 from modeling_pisces.model_loading_pisces import load_image_processor
 
 

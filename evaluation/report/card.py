@@ -2,7 +2,7 @@
 
 `evaluation.report card` calls it. A page says with a pair of markers what it wants: `results` is replaced by every
 table and picture, `claims` by one sentence. The results files are those of `evaluation.scenes`: one of held-out
-combinations, and one of shown combinations beside it if there is one. Plots are left to `evaluation.plots`.
+combinations, and one of shown combinations beside it if there is one. Plots are left to `evaluation.report.plots`.
 """
 
 import json

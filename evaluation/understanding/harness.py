@@ -1,7 +1,7 @@
 """Runs lmms-eval in its own Python, as a subprocess or several, after a look at that Python and at local data sets.
 
 `evaluation.understanding` calls it. lmms-eval ends with exit code 0 after most failures, so a run without a results
-file is an error here, in its own last words. Reading that file is left to `evaluation.understanding_results`.
+file is an error here, in its own last words. Reading that file is left to `evaluation.understanding.results`.
 """
 
 import json
@@ -16,10 +16,10 @@ from typing import IO, NamedTuple
 
 import torch
 
-from evaluation.understanding_tasks import Task
+from evaluation.understanding.tasks import Task
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLUGIN_MODEL = "pisces"  # the name that evaluation/lmms_eval_plugin registers
 PROGRESS = "answering"  # how its progress bar begins
 PROBE = """

@@ -2,7 +2,7 @@
 
 Used by the evaluation of pisces-tiny for reconstruction (`score_scene`) and drawing (`score_prompt`). As a command it
 validates itself on rendered pictures, where the truth is known, before anyone believes a number of it:
-`python -m evaluation.scene_scorer --data DIR --validate`. Reading a picture is left to `evaluation.scene_detector`.
+`python -m evaluation.scenes.scorer --data DIR --validate`. Reading a picture is left to `evaluation.scenes.detector`.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ImageFilter
 from tqdm import tqdm
 
-from evaluation.scene_detector import Detection, detect_objects, load_silhouettes
+from evaluation.scenes.detector import Detection, detect_objects, load_silhouettes
 from modeling_pisces.arguments_pisces import COUNT, SHARE, LineParser, finite_number
 from modeling_pisces.command_ending_pisces import CommandFailed, one_line_ending
 from modeling_pisces.image_loading_pisces import load_image
@@ -213,7 +213,7 @@ def _validate_one(detected: Detection, truth: dict) -> list[tuple[str, bool]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command: print every category as JSON; end with an error where one is below `--min_accuracy`."""
-    parser = LineParser(prog="python -m evaluation.scene_scorer", description=__doc__.splitlines()[0])
+    parser = LineParser(prog="python -m evaluation.scenes.scorer", description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="data folder written by finetune.scenes")
     parser.add_argument("--validate", action="store_true", required=True, help="check the scorer on rendered truth")
     parser.add_argument("--num_scenes", type=COUNT, default=None, help="only the first so many scenes; default all")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from evaluation.kept_batches import KeptBatches
-from evaluation.summaries import Outcomes, seed_generators
+from evaluation.runs.batches import KeptBatches
+from evaluation.runs.summaries import Outcomes, seed_generators
 
 
 REQUEST = "describe the picture."

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from evaluation.run_files import cut_half_line, read_lines
-from evaluation.summaries import batches
+from evaluation.runs.files import cut_half_line, read_lines
+from evaluation.runs.summaries import batches
 from modeling_pisces.file_writing_pisces import append_line, write_whole
 from modeling_pisces.image_loading_pisces import load_image
 

@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evaluation.understanding_harness import read_log
-from evaluation.understanding_tasks import Task
+from evaluation.understanding.harness import read_log
+from evaluation.understanding.tasks import Task
 from modeling_pisces.measurement_pisces import wilson_interval
 
 

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from evaluation.compare import mean_of_tasks
+from evaluation.report.compare import mean_of_tasks
 from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import open_picture
 

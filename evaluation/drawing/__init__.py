@@ -1,0 +1,1 @@
+"""Prompt sets, folders of drawings, and what judges them."""

@@ -1,0 +1,1 @@
+"""Results files as pages, cards and plots: `python -m evaluation.report`."""

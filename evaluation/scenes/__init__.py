@@ -1,0 +1,1 @@
+"""The scenes benchmark: `python -m evaluation.scenes` scores questions, reconstructions and drawings."""

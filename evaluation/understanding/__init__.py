@@ -1,0 +1,1 @@
+"""Understanding through lmms-eval: `python -m evaluation.understanding`."""
