@@ -1,4 +1,4 @@
-"""Claims about `finetune.benchmark_gpu` and `finetune.benchmark_step`: they run, and count what they say."""
+"""Claims about `benchmarks.lora_gpu` and `benchmarks.lora_step`: they run, and count what they say."""
 
 import json
 import random
@@ -10,7 +10,9 @@ import transformers
 from packaging import version
 from transformers import LlamaConfig
 
-from finetune import benchmark_gpu, benchmark_models, benchmark_step
+from benchmarks import lora_gpu as benchmark_gpu
+from benchmarks import lora_models as benchmark_models
+from benchmarks import lora_step as benchmark_step
 
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}

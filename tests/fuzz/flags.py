@@ -73,8 +73,8 @@ COMMANDS = (
     ),
     Command("finetune.tiny", "towers --checkpoint {d}/model --output {d}/out", "split_towers"),
     Command("finetune.tiny", "finish --checkpoint {d}/model --decoder {d}/decoder --output {d}/out", "finish"),
-    Command("finetune.benchmark_step", _BENCHMARK, "measure_understanding"),
-    Command("finetune.benchmark_gpu", _BENCHMARK + " --preset tiny --device cpu", "make_adapted"),
+    Command("benchmarks.lora_step", _BENCHMARK, "measure_understanding"),
+    Command("benchmarks.lora_gpu", _BENCHMARK + " --preset tiny --device cpu", "make_adapted"),
     Command(
         "conversion.assemble",
         "--language_model {d}/a --vision_tower {d}/b --gen_vision_tower {d}/c " + _CONVERT,

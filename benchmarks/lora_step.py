@@ -1,6 +1,6 @@
 """What a finetuning step costs: against stock TRL on LLaVA, packed against padded, cached against encoded pictures.
 
-`python -m finetune.benchmark_step --output results/finetune_step.json`. Small random models on one thread; all
+`python -m benchmarks.lora_step --output results/finetune_step.json`. Small random models on one thread; all
 numbers are ratios of things timed in turn in one run. Seconds are processor time of this process: on a shared machine
 the wall clock measures the neighbours. Four measurements:
 
@@ -35,7 +35,7 @@ from PIL import Image
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from finetune.benchmark_models import (
+from benchmarks.lora_models import (
     LANGUAGE_MODEL,
     drawing_row,
     make_config,
@@ -176,7 +176,7 @@ def measure_memory(steps: int = 2) -> dict[str, Any]:
 
 
 def _in_child(side: str, steps: int) -> float:
-    command = [sys.executable, "-m", "finetune.benchmark_step", "--child", side, "--steps", str(steps)]
+    command = [sys.executable, "-m", "benchmarks.lora_step", "--child", side, "--steps", str(steps)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     return json.loads(result.stdout.splitlines()[-1])
 

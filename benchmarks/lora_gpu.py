@@ -1,6 +1,6 @@
 """LoRA on both sides at the size of Llama-3.1-8B on one GPU: tokens per second, utilisation, memory, by setting.
 
-`python -m finetune.benchmark_gpu --output results/finetune_gpu.json` builds random weights on the device, needs no
+`python -m benchmarks.lora_gpu --output results/finetune_gpu.json` builds random weights on the device, needs no
 download, and writes the file after every setting, so that a run cut short keeps what it measured. `--preset tiny` runs
 the same code on any processor. Rows are a mix of drawings, short and long answers about a picture; towers are not run
 (their outputs come from a cache, see `finetune.precompute`), every weight of the language model has an adapter.
