@@ -3,7 +3,7 @@
 vLLM loads it in every process, whatever model is served, so this file stands outside the package and imports nothing:
 torch, transformers and vLLM come in when `register` runs. Pisces then runs on vLLM's Transformers modeling backend,
 which wraps `PiscesModel` and needs no code of ours; what it asks of model and processor is held by
-tests/modeling_pisces/test_serving_engines.py.
+tests/modeling_pisces/hub/test_serving_engines.py.
 """
 
 import logging

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation.tiny_clip import write_clip
+from tests.evaluation.drawing.tiny_clip import write_clip
 
 
 ROOT = Path(__file__).parent.parent

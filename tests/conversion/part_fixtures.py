@@ -198,7 +198,7 @@ def write_gen_tower(folder: Path, dtype: torch.dtype = torch.float32, seed: int 
 
 def write_decoder(folder: Path, gen_vector_size: int = 12, seed: int = 4) -> Path:
     """Write a diffusers folder whose U-Net reads vectors of that width: unet/, vae/, scheduler/, model_index.json."""
-    from tests.modeling_pisces.pipeline_fixtures import make_pipeline
+    from tests.modeling_pisces.pipeline.pipeline_fixtures import make_pipeline
 
     make_pipeline(unet={"seed": seed, "cross_attention_dim": gen_vector_size}).save_pretrained(folder)
     _write_card(folder, "openrail++")

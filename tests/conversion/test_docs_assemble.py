@@ -28,11 +28,11 @@ from conversion.storage.decoder import build_component
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
 from modeling_pisces.cli_pisces import main as pisces
 from modeling_pisces.pipeline_pisces import PiscesPipeline
-from tests.conversion.emu2_fixtures import SMALL_SIZE, write_emu2_gen
-from tests.conversion.llava_fixtures import write_llava
+from tests.conversion.formats.emu2_fixtures import SMALL_SIZE, write_emu2_gen
+from tests.conversion.formats.llava_fixtures import write_llava
+from tests.conversion.formats.test_sdxl import SDXL_UNET, write_sdxl
 from tests.conversion.part_fixtures import write_language_model, write_siglip
 from tests.conversion.test_merge_adapter import write_adapter
-from tests.conversion.test_sdxl import SDXL_UNET, write_sdxl
 from tests.hub_server import HubServer
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 from conversion.assemble import AssembleArguments, assemble
 from conversion.from_llava import from_llava
 from conversion.verify import FAILED, NOT_CHECKED, PASSED, Row, format_table, main, recorded_parts, verify
-from tests.conversion.llava_fixtures import write_llava
+from tests.conversion.formats.llava_fixtures import write_llava
 from tests.conversion.part_fixtures import (
     change_json,
     write_clip,

@@ -15,9 +15,14 @@ from evaluation.drawing import clip as clip_vectors
 from evaluation.drawing import prompt_sets
 from evaluation.drawing.geneval_rules import Found, Thresholds
 from evaluation.understanding import benchmark as understanding
-from tests.evaluation.drawing_stand_ins import ScriptedPipeline, geneval_entries, write_lines, write_wise
-from tests.evaluation.tiny_clip import write_clip
-from tests.evaluation.understanding_stand_ins import TASKS, make_whole_plan, write_fake_harness, write_parquet
+from tests.evaluation.drawing.drawing_stand_ins import ScriptedPipeline, geneval_entries, write_lines, write_wise
+from tests.evaluation.drawing.tiny_clip import write_clip
+from tests.evaluation.understanding.understanding_stand_ins import (
+    TASKS,
+    make_whole_plan,
+    write_fake_harness,
+    write_parquet,
+)
 
 
 ROOT = Path(__file__).parents[2]

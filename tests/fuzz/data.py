@@ -29,7 +29,7 @@ from PIL import Image
 
 from finetune.data.load import load_data
 from finetune.data.schema import DataError
-from tests.finetune.data_files import picture, prompt
+from tests.finetune.data.data_files import picture, prompt
 
 
 TIMEOUT_S = 20

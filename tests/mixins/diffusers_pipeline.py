@@ -8,7 +8,7 @@ from diffusers.utils import is_scipy_available
 
 from modeling_pisces import PiscesPipeline
 from tests.fixtures import make_model, make_processor
-from tests.modeling_pisces.pipeline_fixtures import make_unet, make_vae, vectors
+from tests.modeling_pisces.pipeline.pipeline_fixtures import make_unet, make_vae, vectors
 
 from ..pipeline_params import TEXT_TO_IMAGE_BATCH_PARAMS, TEXT_TO_IMAGE_IMAGE_PARAMS, TEXT_TO_IMAGE_PARAMS
 from ..test_pipelines_common import PipelineKarrasSchedulerTesterMixin, PipelineLatentTesterMixin, PipelineTesterMixin
