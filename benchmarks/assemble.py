@@ -29,9 +29,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from modeling_pisces.arguments_pisces import COUNT, LineParser, finite_number
-from modeling_pisces.command_ending_pisces import run_command
-from modeling_pisces.measurement_pisces import write_result
+from pisces_commands.arguments import COUNT, LineParser, finite_number
+from pisces_commands.ending import run_command
+from pisces_commands.measurement import write_result
 
 
 BAR = "excess memory <= largest shard + 1 GB at every size, slope about 0; speed >= 0.7 of cp"

@@ -10,9 +10,9 @@ import time
 import torch
 
 from modeling_pisces import PiscesPipeline
-from modeling_pisces.arguments_pisces import COUNT, LineParser
-from modeling_pisces.command_ending_pisces import run_command
-from modeling_pisces.measurement_pisces import write_result
+from pisces_commands.arguments import COUNT, LineParser
+from pisces_commands.ending import run_command
+from pisces_commands.measurement import write_result
 
 
 PROMPTS = (

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from modeling_pisces.arguments_pisces import COUNT, LineParser
-from modeling_pisces.command_ending_pisces import run_command
-from modeling_pisces.measurement_pisces import paired, write_result
+from pisces_commands.arguments import COUNT, LineParser
+from pisces_commands.ending import run_command
+from pisces_commands.measurement import paired, write_result
 
 
 PACKAGE = Path(__file__).parents[1] / "modeling_pisces"

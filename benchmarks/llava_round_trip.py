@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from modeling_pisces import PiscesForConditionalGeneration
-from modeling_pisces.arguments_pisces import LineParser
-from modeling_pisces.command_ending_pisces import run_command
-from modeling_pisces.measurement_pisces import write_result
+from pisces_commands.arguments import LineParser
+from pisces_commands.ending import run_command
+from pisces_commands.measurement import write_result
 
 
 VOCABULARY, IMAGE, NEW_TOKENS = 320, 256, 24

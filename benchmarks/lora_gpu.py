@@ -30,9 +30,9 @@ from finetune.training import packed_attention
 from finetune.training.adapters import AdapterConfig, add_adapter
 from finetune.training.sft_trainer import peak_memory_gib
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
-from modeling_pisces.arguments_pisces import COUNT, LineParser
-from modeling_pisces.command_ending_pisces import run_command
-from modeling_pisces.measurement_pisces import write_result
+from pisces_commands.arguments import COUNT, LineParser
+from pisces_commands.ending import run_command
+from pisces_commands.measurement import write_result
 
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}  # dense bf16, NVIDIA's data sheets of the SXM boards

@@ -51,10 +51,10 @@ from finetune.precompute import precompute
 from finetune.training import packed_attention
 from finetune.training.adapters import AdapterConfig, add_adapter
 from finetune.training.sft_trainer import PiscesSFTConfig, PiscesSFTTrainer, peak_memory_gib
-from modeling_pisces.arguments_pisces import COUNT, LineParser
-from modeling_pisces.command_ending_pisces import run_command
 from modeling_pisces.image_loading_pisces import load_image
-from modeling_pisces.measurement_pisces import paired, write_result
+from pisces_commands.arguments import COUNT, LineParser
+from pisces_commands.ending import run_command
+from pisces_commands.measurement import paired, write_result
 
 
 WIDTH, LAYERS, RANK, BATCH_SIZE = 384, 6, 16, 4

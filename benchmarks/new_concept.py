@@ -19,10 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modeling_pisces.arguments_pisces import COUNT, LineParser, whole_number
-from modeling_pisces.command_ending_pisces import run_command
-from modeling_pisces.file_writing_pisces import write_json
-from modeling_pisces.measurement_pisces import difference_interval, wilson_interval, write_result
+from pisces_commands.arguments import COUNT, LineParser, whole_number
+from pisces_commands.ending import run_command
+from pisces_commands.measurement import difference_interval, wilson_interval, write_result
+from pisces_commands.writing import write_json
 
 
 ROOT = Path(__file__).parents[1]

@@ -26,8 +26,8 @@ from conversion.assembly.vocabulary import Vocabulary, prepare_tokenizer
 from conversion.storage.command import make_parser, run_command
 from conversion.storage.output_folder import check_output, new_folder
 from conversion.storage.write import write_shards
-from modeling_pisces.arguments_pisces import COUNT, SEED, whole_number
-from modeling_pisces.checkpoint_files_pisces import check_checkpoint, read_json
+from modeling_pisces.checkpoint.files import check_checkpoint, read_json
+from pisces_commands.arguments import COUNT, SEED, whole_number
 
 
 PARTS = {

@@ -22,10 +22,10 @@ from huggingface_hub import ModelCard
 
 from conversion.storage.command import make_parser, run_command
 from conversion.storage.output_folder import check_output, new_folder
-from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_config, read_json
-from modeling_pisces.hub_cards_pisces import check_card, default_card
-from modeling_pisces.hub_checks_pisces import check_repo_id
-from modeling_pisces.hub_pisces import PushReport, export_to_folder, push_folder
+from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint, read_config, read_json
+from modeling_pisces.hub.cards import check_card, default_card
+from modeling_pisces.hub.checks import check_repo_id
+from modeling_pisces.hub.export import PushReport, export_to_folder, push_folder
 
 
 PARTS_HEADING = "## Parts and their licenses"

@@ -39,7 +39,7 @@ from conversion.storage.output_folder import check_output, new_folder
 from conversion.storage.tensors import DTYPES, PlannedTensor, SourceTensor
 from conversion.storage.write import write_shards
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
-from modeling_pisces.checkpoint_files_pisces import read_json
+from modeling_pisces.checkpoint.files import read_json
 from modeling_pisces.pipeline_checks_pisces import check_decoder
 
 

@@ -30,9 +30,9 @@ from conversion.storage.decoder import (
 from conversion.storage.hub_files import find_folder, weight_patterns
 from conversion.storage.output_folder import check_output, new_folder
 from conversion.storage.tensors import PlannedTensor, SourceTensor
-from modeling_pisces.arguments_pisces import COUNT, SEED
-from modeling_pisces.checkpoint_files_pisces import read_json
+from modeling_pisces.checkpoint.files import read_json
 from modeling_pisces.pipeline_checks_pisces import check_decoder
+from pisces_commands.arguments import COUNT, SEED
 
 
 PART = "sdxl"

@@ -22,9 +22,9 @@ from conversion.storage.output_folder import check_output, new_folder
 from conversion.storage.tensors import DTYPES, PlannedTensor, SourceTensor, index_tensors
 from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
-from modeling_pisces.arguments_pisces import finite_number
-from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_config, read_json
-from modeling_pisces.model_loading_pisces import load_model
+from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint, read_config, read_json
+from modeling_pisces.checkpoint.loading import load_model
+from pisces_commands.arguments import finite_number
 
 
 # fp32 rounds W x + B A x and (W + B A) x differently; worst of twelve adapters on tiny models: 1.2e-6

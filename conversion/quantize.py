@@ -22,7 +22,7 @@ from conversion.storage.carried_files import carry_files, carry_provenance
 from conversion.storage.command import make_parser, run_command
 from conversion.storage.output_folder import check_output, new_folder
 from modeling_pisces import PISCES_QUANT_SKIP_MODULES
-from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_json
+from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint, read_json
 
 
 QUANTIZED_PART = "model.language_model."

@@ -15,9 +15,9 @@ from pathlib import Path
 from conversion.assembly.parts import Part, open_part
 from conversion.checks.parts import COMPARISONS, WholeModel
 from conversion.storage.command import run_command
-from modeling_pisces.arguments_pisces import LineParser, finite_number
-from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint, read_json
-from modeling_pisces.command_ending_pisces import CommandFailed
+from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint, read_json
+from pisces_commands.arguments import LineParser, finite_number
+from pisces_commands.ending import CommandFailed
 
 
 # Equal weights give equal numbers up to where they lie in memory; worst of the tiny parts, fp32: 0.0

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser
-from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
-from modeling_pisces.cli_commands_pisces import DEFAULT_QUESTION, answer_question
-from modeling_pisces.cli_files_pisces import find_pictures
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.contact_sheet_pisces import Section, Tile, make_contact_sheet
-from modeling_pisces.file_writing_pisces import write_whole
+from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint
+from modeling_pisces.checkpoint.loading import load_pipeline, quiet_libraries
+from modeling_pisces.console.commands import DEFAULT_QUESTION, answer_question
+from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sheet
+from modeling_pisces.console.pictures import find_pictures
 from modeling_pisces.image_loading_pisces import load_image
-from modeling_pisces.model_loading_pisces import load_pipeline, quiet_libraries
+from pisces_commands.arguments import COUNT, SEED, LineParser
+from pisces_commands.ending import one_line_ending
+from pisces_commands.writing import write_whole
 
 
 DEFAULT_PROMPTS = (

@@ -25,9 +25,9 @@ from evaluation.runs.files import (
     take_shard,
 )
 from evaluation.runs.summaries import seed_generators
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, finite_number
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import write_whole
+from pisces_commands.arguments import COUNT, SEED, LineParser, finite_number
+from pisces_commands.ending import one_line_ending
+from pisces_commands.writing import write_whole
 
 
 def load_pipeline(arguments: argparse.Namespace) -> Any:

@@ -35,10 +35,10 @@ from evaluation.runs.files import (
     take_shard,
 )
 from evaluation.runs.summaries import Outcomes, drawing_summary
-from modeling_pisces.arguments_pisces import COUNT, SHARE, LineParser, finite_number
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import append_line, write_json
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.arguments import COUNT, SHARE, LineParser, finite_number
+from pisces_commands.ending import one_line_ending
+from pisces_commands.writing import append_line, write_json
 
 
 # What the official scorer uses, in its form for transformers.

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from evaluation.drawing.clip import ClipVectors
 from evaluation.drawing.folder import picture_path, read_entries, read_run
 from evaluation.runs.files import describe_command, describe_machine, hash_files, keep_settings
-from modeling_pisces.arguments_pisces import LineParser
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import write_json
 from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES, load_image
+from pisces_commands.arguments import LineParser
+from pisces_commands.ending import one_line_ending
+from pisces_commands.writing import write_json
 
 
 CLIP = "openai/clip-vit-large-patch14"

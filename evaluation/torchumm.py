@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from modeling_pisces.command_ending_pisces import EXIT_FAILED, end_command
-from modeling_pisces.file_writing_pisces import write_whole
+from pisces_commands.ending import EXIT_FAILED, end_command
+from pisces_commands.writing import write_whole
 
 
 LOADING = ("model_path", "revision", "torch_dtype", "seed")

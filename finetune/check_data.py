@@ -25,10 +25,10 @@ from finetune.data.packing import token_lengths
 from finetune.data.report import SourceReport, plural
 from finetune.data.schema import BadRecord, DataError, printable
 from finetune.data.spec import DataSpec, parse_specs
-from modeling_pisces.arguments_pisces import LineParser, whole_number
-from modeling_pisces.command_ending_pisces import EXIT_FAILED, EXIT_OK, CommandEnd, one_line_ending
-from modeling_pisces.contact_sheet_pisces import make_contact_sheet
-from modeling_pisces.file_writing_pisces import write_whole
+from modeling_pisces.console.contact_sheet import make_contact_sheet
+from pisces_commands.arguments import LineParser, whole_number
+from pisces_commands.ending import EXIT_FAILED, EXIT_OK, CommandEnd, one_line_ending
+from pisces_commands.writing import write_whole
 
 
 EXIT_BAD_DATA = EXIT_FAILED

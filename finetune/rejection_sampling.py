@@ -21,8 +21,8 @@ from finetune import best_of_n, lora_generation
 from finetune.best_of_n import BestOfNArguments
 from finetune.flags.parsing import parse_classes, run_command
 from finetune.preferences.candidates import keep_settings
-from modeling_pisces.command_ending_pisces import CommandFailed
-from modeling_pisces.file_writing_pisces import write_whole
+from pisces_commands.ending import CommandFailed
+from pisces_commands.writing import write_whole
 
 
 FREE = (*best_of_n.FREE, "rounds")  # what may change when a command goes on: more rounds may follow

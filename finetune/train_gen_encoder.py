@@ -28,8 +28,8 @@ from finetune.parts.trainer import (
     write_results,
 )
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
-from modeling_pisces.file_writing_pisces import whole_files
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
+from pisces_commands.writing import whole_files
 
 
 NUM_PHRASE_BUCKETS = 4096

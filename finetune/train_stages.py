@@ -28,7 +28,7 @@ from finetune.precompute import precompute
 from finetune.tiny.stages import StageConversations, read_rows
 from finetune.training.checkpoints import last_complete_checkpoint
 from modeling_pisces import PiscesForConditionalGeneration
-from modeling_pisces.file_writing_pisces import whole_files
+from pisces_commands.writing import whole_files
 
 
 @dataclass

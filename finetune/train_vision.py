@@ -18,7 +18,7 @@ from finetune.flags.parsing import parse_flags_of, run_command
 from finetune.parts.pictures import PictureData, TensorRows, load_pictures, patch_labels, to_pixel_values
 from finetune.parts.trainer import Metrics, RunArguments, run_evaluation, train, write_results
 from finetune.scenes.layout import BACKGROUNDS, COLORS, SHAPES, SIZES
-from modeling_pisces.file_writing_pisces import whole_files
+from pisces_commands.writing import whole_files
 
 
 MAX_OBJECTS = 4

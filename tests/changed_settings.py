@@ -74,7 +74,7 @@ def write_changed(change: Change, folder: Path) -> None:
 
 def run_console(folder: Path) -> tuple[int, str]:
     """Draw, then ask about the drawing; exit code and standard error of the first that fails."""
-    from modeling_pisces.cli_pisces import main
+    from pisces_commands.console import main
 
     drawn = folder / "drawn.png"
     options = ["--model", str(folder), "--device", "cpu"]

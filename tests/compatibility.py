@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_pisces.measurement_pisces import current_command, current_commit, describe_hardware
+from pisces_commands.measurement import current_command, current_commit, describe_hardware
 from tests.suite_runs import REPOSITORY, Counts, installed_versions, run_fast_suite, run_mixins
 
 

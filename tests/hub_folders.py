@@ -47,7 +47,7 @@ def make_pipeline():
 
 def write_export(folder: Path, **overrides) -> Path:
     """Export a random drawing model (flow head) with its decoder and a complete card, in shards of 20 KB."""
-    from modeling_pisces.hub_pisces import export_to_folder
+    from modeling_pisces.hub.export import export_to_folder
 
     model = make_model(**({"gen_head_type": "flow"} | overrides))
     return export_to_folder(

@@ -121,7 +121,7 @@ def test_export(disk):
 def test_draw_of_the_console_command(disk):
     words = ["draw", "a red circle", "--model", TINY, "--steps", 2, "--num_images", 4, "--output", disk[0] / "out"]
     words += ["--sheet", disk[0] / "sheet.png"]
-    fails_and_goes_on(disk, "modeling_pisces.cli_pisces", words, "sheet.png", lambda name: name.startswith("out/"))
+    fails_and_goes_on(disk, "pisces_commands.console", words, "sheet.png", lambda name: name.startswith("out/"))
 
 
 def test_reconstruct_of_the_console_command(disk):
@@ -130,7 +130,7 @@ def test_reconstruct_of_the_console_command(disk):
         (disk[0] / "more").write_bytes(bytes(16 * 1024))
     folder, free = disk
     words = ["reconstruct", PICTURE, "--model", TINY, "--steps", 2, "--output", big]
-    fails_and_goes_on((folder, free), "modeling_pisces.cli_pisces", words, "again.png", lambda name: name == "more")
+    fails_and_goes_on((folder, free), "pisces_commands.console", words, "again.png", lambda name: name == "more")
 
 
 def test_scenes_of_evaluation(disk, scenes):

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from modeling_pisces.hub.export import code_files
+
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_pisces"
 ROOMS = ("modeling_pisces", "conversion", "finetune", "evaluation", "benchmarks", "demo")
+GROUND = "pisces_commands"  # what every room's commands are made of; in the wheel, imports without torch
 # what code that the Hub carries may import at the top: the loader refuses to run where anything else is missing
 HUB_IMPORTS = {"torch", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors", "tokenizers", "filelock"}
 DIFFUSERS_FILES = ("pipeline_", "decoder_")  # reached from the pipeline only
@@ -68,9 +71,13 @@ def test_rooms_never_import_each_other(room):
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}: rooms meet through folders on disk"
 
 
-def test_the_package_is_flat_and_its_files_import_each_other_by_name():
-    for path in python_files("modeling_pisces"):
-        assert path.parent == PACKAGE, f"{path}: sub-packages do not travel to the Hub"
+def test_what_an_export_carries_is_flat_and_imports_its_siblings_by_name():
+    carried = code_files(with_decoder=True)
+    assert {path.parent for path in carried} == {PACKAGE}, "sub-packages do not travel to the Hub"
+    assert carried == sorted(set(PACKAGE.glob("*.py")) - {PACKAGE / "__init__.py"}), (
+        "a file beside __init__.py travels; others belong into a folder"
+    )
+    for path in carried:
         for line in path.read_text(encoding="utf-8").splitlines():
             match = re.match(r"\s*(from\s+\.\S*|import\s+\.|from\s+modeling_pisces\b)", line)
             is_plain = match is None or re.match(r"\s*from \.\w+ import ", line)
@@ -80,8 +87,11 @@ def test_the_package_is_flat_and_its_files_import_each_other_by_name():
 
 
 def test_the_package_needs_only_what_the_hub_loader_may_assume():
-    allowed = HUB_IMPORTS | set(sys.stdlib_module_names)
+    allowed = HUB_IMPORTS | set(sys.stdlib_module_names) | {GROUND}
+    carried = code_files(with_decoder=True)
     for path in python_files("modeling_pisces"):
+        if path in carried:
+            assert GROUND not in {name.split(".")[0] for name in imported_modules(path)}, f"{path} travels without it"
         known = allowed | ({"diffusers"} if path.name.startswith(DIFFUSERS_FILES) else set())
         wrong = {name for name in imported_modules(path, top_level_only=True) if name.split(".")[0] not in known}
         assert not wrong, f"{path.name} needs {wrong}; guard it with try, or keep it out of the package"
@@ -104,18 +114,18 @@ print(count)
 
 
 def test_every_module_of_every_room_imports_where_the_system_is_windows():
-    command = [sys.executable, "-W", "ignore", "-c", IMPORT_ALL, *ROOMS]
+    command = [sys.executable, "-W", "ignore", "-c", IMPORT_ALL, GROUND, *ROOMS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) > 150
 
 
 def test_files_are_written_in_one_place():
-    """Results of commands go through `file_writing_pisces`; what stands here writes inside a folder of it, or a log."""
+    """Results of commands go through `pisces_commands.writing`; what stands here writes inside a folder of it, or a log."""
     inside = {  # each of them is given a folder that appears whole
-        "modeling_pisces/hub_pisces.py",
+        "modeling_pisces/hub/export.py",
         "modeling_pisces/pipeline_loading_pisces.py",
-        "modeling_pisces/file_writing_pisces.py",
+        "pisces_commands/writing.py",
         "finetune/tiny/assemble.py",
         "evaluation/study/steps.py",  # the log of a step
         "evaluation/understanding/harness.py",  # logs of the harness
@@ -124,15 +134,15 @@ def test_files_are_written_in_one_place():
     writing = re.compile(
         r"write_text\(|write_bytes\(|open\(\"[wax]|, \"[wax]b?\"|json\.dump\(|savefig\(path|\.save\((path|folder)"
     )
-    for room in ("modeling_pisces", "finetune", "evaluation", "benchmarks", "demo"):
+    for room in (GROUND, "modeling_pisces", "finetune", "evaluation", "benchmarks", "demo"):
         for path in python_files(room):
             if (name := path.relative_to(ROOT).as_posix()) not in inside:
                 found = writing.findall(path.read_text(encoding="utf-8"))
-                assert not found, f"{name} writes with {found}: take modeling_pisces.file_writing_pisces"
+                assert not found, f"{name} writes with {found}: take pisces_commands.writing"
 
 
 def test_nothing_imports_torchvision():
-    for room in (*ROOMS, "tests"):
+    for room in (GROUND, *ROOMS, "tests"):
         for path in python_files(room):
             assert not any(name.split(".")[0] == "torchvision" for name in imported_modules(path)), path
 
@@ -143,7 +153,7 @@ def test_importing_the_package_does_not_import_diffusers():
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "tests"])
+@pytest.mark.parametrize("room", [GROUND, *ROOMS, "tests"])
 def test_every_module_opens_with_what_lives_in_it(room):
     for path in python_files(room):
         source = path.read_text(encoding="utf-8")
@@ -245,7 +255,8 @@ def test_wheel_holds_only_the_package_and_works_in_an_empty_environment(tmp_path
     """Installed next to nothing but its dependencies, whose folder the new environment borrows from this one."""
     run = lambda *command: subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
     source = tmp_path / "source"  # a copy: building leaves folders beside what it builds
-    shutil.copytree(PACKAGE, source / "modeling_pisces", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("modeling_pisces", GROUND):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "pisces_vllm_plugin.py"):
         shutil.copy(ROOT / name, source)
     for name in ("finetune", "tests"):  # what must not get in
@@ -254,7 +265,11 @@ def test_wheel_holds_only_the_package_and_works_in_an_empty_environment(tmp_path
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {name for name in tops if not name.endswith(".dist-info")} == {"modeling_pisces", "pisces_vllm_plugin.py"}
+    assert {name for name in tops if not name.endswith(".dist-info")} == {
+        "modeling_pisces",
+        GROUND,
+        "pisces_vllm_plugin.py",
+    }
 
     assert run(sys.executable, "-m", "venv", "empty").returncode == 0
     python = tmp_path / "empty" / "bin" / "python"

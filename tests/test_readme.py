@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_pisces.cli_pisces import build_parser
+from pisces_commands.console import build_parser
 from tests.checkpoint_folder import write_checkpoint
 
 

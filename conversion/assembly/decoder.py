@@ -13,7 +13,7 @@ from conversion.storage.decoder import CLASSES, WEIGHTS, build_component, check_
 from conversion.storage.tensors import PlannedTensor, index_tensors
 from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig
-from modeling_pisces.checkpoint_files_pisces import DECODER_PARTS
+from modeling_pisces.checkpoint.files import DECODER_PARTS
 from modeling_pisces.pipeline_checks_pisces import check_decoder
 
 

@@ -24,7 +24,7 @@ from conversion.storage.output_folder import new_folder
 from conversion.storage.tensors import DTYPE_NAMES, PlannedTensor, SourceTensor, index_tensors
 from conversion.storage.write import write_shards
 from modeling_pisces import PiscesGenVisionConfig
-from modeling_pisces.checkpoint_files_pisces import read_json
+from modeling_pisces.checkpoint.files import read_json
 from modeling_pisces.configuration_pisces import num_patches
 
 

@@ -18,9 +18,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaFo
 from conversion.assembly.parts import Part
 from conversion.checks.probe import NUM_WORDS, largest_difference, make_probe, random_pixels, random_words, text_logits
 from modeling_pisces import PiscesForConditionalGeneration, PiscesGenVisionModel, PiscesProcessor
-from modeling_pisces.checkpoint_files_pisces import read_json
+from modeling_pisces.checkpoint.files import read_json
+from modeling_pisces.checkpoint.loading import load_model
 from modeling_pisces.configuration_pisces import num_patches
-from modeling_pisces.model_loading_pisces import load_model
 
 
 Compared = Iterator[tuple[str, float]]

@@ -16,7 +16,7 @@ from conversion.assembly.parts import Part, open_part
 from conversion.assembly.vocabulary import PISCES_TOKENS
 from conversion.storage.tensors import DTYPE_NAMES, PlannedTensor
 from modeling_pisces import PiscesConfig
-from modeling_pisces.model_loading_pisces import load_image_processor
+from modeling_pisces.checkpoint.loading import load_image_processor
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from modeling_pisces.checkpoint_files_pisces import DECODER_PARTS, read_json
+from modeling_pisces.checkpoint.files import DECODER_PARTS, read_json
 
 
 _LEFT_BEHIND = ("*.safetensors", "*.safetensors.index.json", "README.md", "provenance.json", "adapter_*")

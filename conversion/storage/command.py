@@ -7,9 +7,9 @@ command does stays in its own module.
 import argparse
 from collections.abc import Callable, Sequence
 
-from modeling_pisces.arguments_pisces import LineParser
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.model_loading_pisces import quiet_libraries
+from modeling_pisces.checkpoint.loading import quiet_libraries
+from pisces_commands.arguments import LineParser
+from pisces_commands.ending import one_line_ending
 
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -24,7 +24,7 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def run_command(main: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> None:
-    """Run `main(arguments)` as the whole of a process, which ends as `modeling_pisces.command_ending_pisces` says."""
+    """Run `main(arguments)` as the whole of a process, which ends as `pisces_commands.ending` says."""
     with one_line_ending(interrupted="interrupted; nothing was written under the output's name"), quiet_libraries():
         main(arguments)
 

@@ -14,7 +14,7 @@ from typing import Any
 from conversion.storage.hub_files import index_variant
 from conversion.storage.tensors import PlannedTensor, SourceTensor
 from conversion.storage.write import write_shards
-from modeling_pisces.checkpoint_files_pisces import read_json
+from modeling_pisces.checkpoint.files import read_json
 
 
 WEIGHTS = "diffusion_pytorch_model"

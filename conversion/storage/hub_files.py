@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conversion.storage.tensors import SourceTensor, index_tensors
-from modeling_pisces.checkpoint_files_pisces import read_weight_map as read_index
+from modeling_pisces.checkpoint.files import read_weight_map as read_index
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -1,7 +1,7 @@
 """Which folders the commands of this room write, and which they refuse to replace.
 
 Every command of this room writes into `new_folder`. That it appears whole or not at all is the business of
-`modeling_pisces.file_writing_pisces`; what is written there is left to the commands.
+`pisces_commands.writing`; what is written there is left to the commands.
 """
 
 import os
@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from modeling_pisces.file_writing_pisces import whole_folder
+from pisces_commands.writing import whole_folder
 
 
 def new_folder(output: str | os.PathLike, overwrite: bool = False) -> AbstractContextManager[Path]:

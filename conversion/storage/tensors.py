@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_pisces.checkpoint_files_pisces import read_safetensors_header, read_weight_map, weight_files
+from modeling_pisces.checkpoint.files import read_safetensors_header, read_weight_map, weight_files
 
 
 # safetensors' names; alignment and order inside a file follow from the item size

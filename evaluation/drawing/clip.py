@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from evaluation.drawing.detectors import load_clip, to_unit
 from evaluation.runs.files import identify_weights
-from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.writing import write_whole
 
 
 BLOCK = 64  # pictures in a file, and at most this many are lost when a run is killed

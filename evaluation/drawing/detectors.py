@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 from transformers.utils import is_scipy_available
 
 from evaluation.drawing.geneval_rules import Detect, Found
-from modeling_pisces.model_loading_pisces import load_image_processor
+from modeling_pisces.checkpoint.loading import load_image_processor
 
 
 # COCO's classes by the names that some checkpoints have for them, as GenEval calls them (its object_names.txt)

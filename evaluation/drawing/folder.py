@@ -17,8 +17,8 @@ from typing import Any
 from PIL import Image
 
 from evaluation.drawing.prompt_sets import GENEVAL_TASKS, Prompt
-from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.writing import write_whole
 
 
 SEED_RULE = 'the first 6 bytes, big-endian, of sha256("SEED/PROMPT/IMAGE"), both counted from 0'

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modeling_pisces.measurement_pisces import difference_interval
+from pisces_commands.measurement import difference_interval
 
 
 MARKS = {-1: "**worse**", 0: "", 1: "better", None: "no interval"}

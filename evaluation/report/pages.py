@@ -18,9 +18,9 @@ from typing import Any
 from evaluation.report.card import WRITER, Sources, fill, plot_of, read_scenes
 from evaluation.report.compare import compare
 from evaluation.report.plots import is_current, plot_curves, plot_scores, score_panels
-from modeling_pisces.arguments_pisces import LineParser
-from modeling_pisces.command_ending_pisces import CommandFailed, one_line_ending
-from modeling_pisces.file_writing_pisces import write_whole
+from pisces_commands.arguments import LineParser
+from pisces_commands.ending import CommandFailed, one_line_ending
+from pisces_commands.writing import write_whole
 
 
 def named_scores(sources: Sources) -> dict[str, dict[str, Any]]:

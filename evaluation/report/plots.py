@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.report.compare import mean_of_tasks
-from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import open_picture
+from pisces_commands.writing import write_whole
 
 
 HIDDEN = ("step", "epoch", "elapsed_s", "learning_rate", "grad_norm", "image_target_variance")

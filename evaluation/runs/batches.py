@@ -13,8 +13,8 @@ from PIL import Image
 
 from evaluation.runs.files import cut_half_line, read_lines
 from evaluation.runs.summaries import batches
-from modeling_pisces.file_writing_pisces import append_line, write_whole
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.writing import append_line, write_whole
 
 
 class KeptBatches:

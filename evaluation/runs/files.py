@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
-from modeling_pisces.file_writing_pisces import write_json
-from modeling_pisces.measurement_pisces import current_commit, describe_hardware
+from pisces_commands.measurement import current_commit, describe_hardware
+from pisces_commands.writing import write_json
 
 
 Item = TypeVar("Item")

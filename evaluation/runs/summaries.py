@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from modeling_pisces.file_writing_pisces import write_json
-from modeling_pisces.measurement_pisces import wilson_interval
+from pisces_commands.measurement import wilson_interval
+from pisces_commands.writing import write_json
 
 
 Outcomes = dict[str, list[bool]]

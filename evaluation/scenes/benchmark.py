@@ -32,12 +32,12 @@ from evaluation.runs.summaries import (
 from evaluation.scenes.descriptions import describe_drawings
 from evaluation.scenes.detector import detect_objects, load_silhouettes
 from evaluation.scenes.scorer import score_prompt, score_scene
-from modeling_pisces.arguments_pisces import COUNT, LineParser, finite_number
-from modeling_pisces.checkpoint_files_pisces import find_checkpoint
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import write_json, write_whole
+from modeling_pisces.checkpoint.files import find_checkpoint
 from modeling_pisces.image_loading_pisces import load_image
-from modeling_pisces.measurement_pisces import current_command
+from pisces_commands.arguments import COUNT, LineParser, finite_number
+from pisces_commands.ending import one_line_ending
+from pisces_commands.measurement import current_command
+from pisces_commands.writing import write_json, write_whole
 
 
 PROTOCOL = (
@@ -177,7 +177,7 @@ def draw_prompts(
 
 def save_sheet(drawn: list[tuple[dict, Image.Image, dict]], path: Path, per_category: int = 8) -> None:
     """The first drawings of each category with their prompts; a cross before the prompt marks a wrong one."""
-    from modeling_pisces.contact_sheet_pisces import Section, Tile, make_contact_sheet
+    from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sheet
 
     tiles: dict[str, list] = defaultdict(list)
     for prompt, image, scores in drawn:

@@ -14,9 +14,9 @@ from PIL import ImageFilter
 from tqdm import tqdm
 
 from evaluation.scenes.detector import Detection, detect_objects, load_silhouettes
-from modeling_pisces.arguments_pisces import COUNT, SHARE, LineParser, finite_number
-from modeling_pisces.command_ending_pisces import CommandFailed, one_line_ending
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.arguments import COUNT, SHARE, LineParser, finite_number
+from pisces_commands.ending import CommandFailed, one_line_ending
 
 
 __all__ = ["detect_objects", "load_silhouettes", "score_prompt", "score_scene", "validate"]

@@ -12,10 +12,10 @@ from evaluation.runs.files import describe_machine, keep_settings
 from evaluation.study.arms import BUDGETS
 from evaluation.study.report import check_page, report
 from evaluation.study.steps import Plan, run_plan
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser
-from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import write_json
+from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint
+from pisces_commands.arguments import COUNT, SEED, LineParser
+from pisces_commands.ending import one_line_ending
+from pisces_commands.writing import write_json
 
 
 SEEDS = [0, 1, 2, 3]
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
 
 def load_checkpoint(name: str) -> tuple[Any, Any]:
     """Model and processor, ready to be asked, on the GPU if there is one."""
-    from modeling_pisces.model_loading_pisces import load_model
+    from modeling_pisces.checkpoint.loading import load_model
 
     return load_model(find_checkpoint(name))
 

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from evaluation.runs.summaries import Outcomes, batches, seed_generators, summarize
-from modeling_pisces.file_writing_pisces import write_json, write_whole
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.writing import write_json, write_whole
 
 
 NUM_PLACES = 9

@@ -15,8 +15,8 @@ from evaluation.report.card import replace_section, table
 from evaluation.runs.files import describe_machine
 from evaluation.study.arms import ARMS, BUDGETS, QUESTIONS
 from evaluation.study.plots import is_current, plot_question
-from modeling_pisces.file_writing_pisces import write_json, write_whole
-from modeling_pisces.measurement_pisces import current_command
+from pisces_commands.measurement import current_command
+from pisces_commands.writing import write_json, write_whole
 
 
 # two-sided 95 % quantile of Student's t by degrees of freedom

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from evaluation.study.arms import ARMS, STARTS, Arm, Budget
-from modeling_pisces.file_writing_pisces import write_json
+from pisces_commands.writing import write_json
 
 
 ROOT = Path(__file__).parents[2]

@@ -20,10 +20,10 @@ from evaluation.runs.files import describe_command, describe_machine, identify_w
 from evaluation.understanding.harness import ROOT, Run, ask_and_score, check_data, probe
 from evaluation.understanding.results import collect_items, read_metrics, read_run, sum_up
 from evaluation.understanding.tasks import SUITE, Task
-from modeling_pisces.arguments_pisces import COUNT, LineParser
-from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import write_json
+from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint
+from pisces_commands.arguments import COUNT, LineParser
+from pisces_commands.ending import one_line_ending
+from pisces_commands.writing import write_json
 
 
 HARNESS_VARIABLE = "PISCES_LMMS_EVAL_PYTHON"

@@ -13,7 +13,7 @@ from typing import Any
 
 from evaluation.understanding.harness import read_log
 from evaluation.understanding.tasks import Task
-from modeling_pisces.measurement_pisces import wilson_interval
+from pisces_commands.measurement import wilson_interval
 
 
 # What the harness writes where an answer or a verdict did not arrive; it scores on.

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from finetune.data.picture_keys import KINDS, fingerprint, picture_key
 from modeling_pisces import PiscesForConditionalGeneration, PiscesProcessor
-from modeling_pisces.file_writing_pisces import write_json, write_whole
+from pisces_commands.writing import write_json, write_whole
 
 
 INDEX_FILE = "cache.json"

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from finetune.data.schema import BadRecord, DataError, Row, count_pictures, iter_pictures, side_of
-from modeling_pisces.contact_sheet_pisces import Section, Tile
+from modeling_pisces.console.contact_sheet import Section, Tile
 
 
 PERCENTILES = (0, 10, 25, 50, 75, 90, 99, 100)

@@ -8,8 +8,8 @@ import yaml
 from transformers import HfArgumentParser
 from trl import TrlParser
 
-from modeling_pisces import command_ending_pisces
-from modeling_pisces.arguments_pisces import LineParser, UsageError, one_line
+from pisces_commands import ending
+from pisces_commands.arguments import LineParser, UsageError, one_line
 
 
 class RecipeParser(LineParser, TrlParser):
@@ -50,5 +50,5 @@ def _parse(parse: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run `main` as the whole of a process, which ends as `modeling_pisces.command_ending_pisces` says."""
-    command_ending_pisces.run_command(main, interrupted="interrupted; the same command goes on from what is finished")
+    """Run `main` as the whole of a process, which ends as `pisces_commands.ending` says."""
+    ending.run_command(main, interrupted="interrupted; the same command goes on from what is finished")

@@ -8,7 +8,7 @@ import math
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from modeling_pisces.arguments_pisces import LARGEST, UsageError
+from pisces_commands.arguments import LARGEST, UsageError
 
 
 class Range(NamedTuple):

@@ -25,7 +25,7 @@ from finetune.data.schema import Row
 from finetune.guard.metrics import Metrics, measure_drawing, measure_losses, measure_understanding
 from finetune.guard.pictures import load_decoder, make_sheet, report_picture
 from finetune.guard.rows import GuardArguments
-from modeling_pisces.file_writing_pisces import write_json, write_whole
+from pisces_commands.writing import write_json, write_whole
 
 
 logger = logging.get_logger(__name__)

@@ -17,7 +17,7 @@ from transformers.utils import cached_file, logging
 
 from finetune.data.schema import Row
 from finetune.guard.metrics import drawing_exchange
-from modeling_pisces.contact_sheet_pisces import Section, Tile, make_contact_sheet
+from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sheet
 
 
 logger = logging.get_logger(__name__)

@@ -22,8 +22,8 @@ from finetune.data.readers.files import read_jsonl
 from finetune.data.readers.paths import locate_file, locate_found
 from finetune.data.schema import DataError, show
 from finetune.scenes.layout import COLORS, SHAPES, SIZES
-from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.writing import write_whole
 
 
 @dataclass

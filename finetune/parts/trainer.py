@@ -28,8 +28,8 @@ from transformers.masking_utils import sdpa_mask
 from finetune.flags.ranges import check_ranges
 from finetune.parts.pictures import collate_rows
 from finetune.training.checkpoints import last_complete_checkpoint, whole_or_nothing
-from modeling_pisces.file_writing_pisces import write_json, write_whole
-from modeling_pisces.measurement_pisces import current_command, current_commit, describe_hardware
+from pisces_commands.measurement import current_command, current_commit, describe_hardware
+from pisces_commands.writing import write_json, write_whole
 
 
 Metrics = dict[str, float]

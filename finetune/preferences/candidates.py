@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from modeling_pisces.file_writing_pisces import append_line, write_whole
-from modeling_pisces.measurement_pisces import current_commit, describe_hardware
+from pisces_commands.measurement import current_commit, describe_hardware
+from pisces_commands.writing import append_line, write_whole
 
 
 Prompt = dict[str, Any]

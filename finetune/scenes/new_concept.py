@@ -22,9 +22,9 @@ from finetune.scenes.prompts import prompts_for_evaluation
 from finetune.scenes.questions import questions
 from finetune.scenes.render import OUTLINES, render_scene, write_silhouettes
 from finetune.scenes.text import caption_prompts, pluralize, with_article
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, whole_number
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import whole_folder, write_json, write_whole
+from pisces_commands.arguments import COUNT, SEED, LineParser, whole_number
+from pisces_commands.ending import one_line_ending
+from pisces_commands.writing import whole_folder, write_json, write_whole
 
 
 QUESTIONS_PER_PICTURE = 6  # turns of one conversation, as in the third stage of pisces-tiny

@@ -29,9 +29,9 @@ from finetune.scenes.layout import (
 from finetune.scenes.prompts import prompts_for_evaluation
 from finetune.scenes.questions import questions
 from finetune.scenes.text import caption_prompts
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import append_line, write_json, write_whole
+from pisces_commands.arguments import COUNT, SEED, LineParser
+from pisces_commands.ending import one_line_ending
+from pisces_commands.writing import append_line, write_json, write_whole
 
 
 __all__ = [

@@ -25,9 +25,9 @@ from finetune.parts.pictures import load_pictures
 from finetune.tiny.stages import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
 from finetune.train_gen_encoder import whiten_output
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, whole_number
-from modeling_pisces.file_writing_pisces import whole_files, write_json
 from modeling_pisces.generation_config_pisces import read_generation_config
+from pisces_commands.arguments import COUNT, SEED, LineParser, whole_number
+from pisces_commands.writing import whole_files, write_json
 
 
 SPECIAL_TOKENS = (

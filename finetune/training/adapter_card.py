@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from modeling_pisces.file_writing_pisces import write_whole
+from pisces_commands.writing import write_whole
 
 
 # What the table shows of the curve, in this order; evaluation's own names carry a prefix.

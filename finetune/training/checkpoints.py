@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging
 
-from modeling_pisces.file_writing_pisces import WriteError
+from pisces_commands.writing import WriteError
 
 
 logger = logging.get_logger(__name__)

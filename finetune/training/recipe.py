@@ -28,7 +28,7 @@ from finetune.guard.rows import GuardArguments
 from finetune.training import packed_attention
 from finetune.training.adapters import AdapterConfig, quantization_config
 from finetune.training.sft_config import PiscesSFTConfig
-from modeling_pisces.arguments_pisces import UsageError
+from pisces_commands.arguments import UsageError
 
 
 logger = logging.get_logger(__name__)

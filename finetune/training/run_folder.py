@@ -24,8 +24,8 @@ from finetune.training.checkpoints import WRITE_ERRORS, last_complete_checkpoint
 from finetune.training.recipe import RecipeArguments, Rows
 from finetune.training.sft_config import PiscesSFTConfig
 from finetune.training.sft_trainer import PiscesSFTTrainer
-from modeling_pisces.file_writing_pisces import WriteError, write_json, write_whole
-from modeling_pisces.measurement_pisces import current_commit, describe_hardware
+from pisces_commands.measurement import current_commit, describe_hardware
+from pisces_commands.writing import WriteError, write_json, write_whole
 
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "torchao")

@@ -26,8 +26,8 @@ from conversion.from_sdxl import resized_config
 from conversion.quantize import METHODS
 from conversion.storage.decoder import build_component
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
-from modeling_pisces.cli_pisces import main as pisces
 from modeling_pisces.pipeline_pisces import PiscesPipeline
+from pisces_commands.console import main as pisces
 from tests.conversion.formats.emu2_fixtures import SMALL_SIZE, write_emu2_gen
 from tests.conversion.formats.llava_fixtures import write_llava
 from tests.conversion.formats.test_sdxl import SDXL_UNET, write_sdxl

@@ -104,7 +104,7 @@ def test_a_folder_that_does_not_load_elsewhere_never_appears(checkpoint, tmp_pat
 def test_weights_that_are_not_finite_are_found(checkpoint):
     from safetensors.torch import save_file
 
-    from modeling_pisces.hub_pisces import export_to_folder
+    from modeling_pisces.hub.export import export_to_folder
 
     state = load_file(checkpoint / "model.safetensors")
     state["model.language_model.norm.weight"][3] = float("nan")

@@ -113,10 +113,10 @@ COMMANDS = (
     Command("benchmarks.new_concept", "--model {d}/a --work {d}/work " + _BENCHMARK, "measure"),
     Command("benchmarks.image_generation", _BENCHMARK, "make_models"),
     Command("demo.run_demo", "--model {d}/a --output {d}/out", "show"),
-    Command("modeling_pisces.cli_pisces", "describe {d}/a.png --model {d}/model", ""),
-    Command("modeling_pisces.cli_pisces", "draw words --model {d}/model --output {d}/out", ""),
-    Command("modeling_pisces.cli_pisces", "reconstruct {d}/a.png --model {d}/model --output {d}/out", ""),
-    Command("modeling_pisces.cli_pisces", "info --model {d}/model", ""),
+    Command("pisces_commands.console", "describe {d}/a.png --model {d}/model", ""),
+    Command("pisces_commands.console", "draw words --model {d}/model --output {d}/out", ""),
+    Command("pisces_commands.console", "reconstruct {d}/a.png --model {d}/model --output {d}/out", ""),
+    Command("pisces_commands.console", "info --model {d}/model", ""),
 )
 
 # The eight kinds; {d} as above
@@ -198,7 +198,7 @@ def _call(module: Any, command: Command, words: list[str]) -> Any:
     main = getattr(module, command.main)
     wrapper = getattr(module, "run_command", None)
     with mock.patch.object(sys, "argv", [command.module, *words]):
-        if command.module == "modeling_pisces.cli_pisces":
+        if command.module == "pisces_commands.console":
             return main(words)
         return wrapper(main) if wrapper else main()
 

@@ -1,4 +1,4 @@
-"""Claims about `command_ending_pisces`: one line, one exit code, no traceback for what users and machines cause."""
+"""Claims about `pisces_commands.ending`: one line, one exit code, no traceback for what users and machines cause."""
 
 import errno
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from modeling_pisces.command_ending_pisces import CommandEnd, CommandFailed, one_line_ending, run_command
-from modeling_pisces.file_writing_pisces import write_error
+from pisces_commands.ending import CommandEnd, CommandFailed, one_line_ending, run_command
+from pisces_commands.writing import write_error
 
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_another_exit_passes_and_success_returns():
 
 SCRIPT = """
 import sys
-from modeling_pisces.command_ending_pisces import run_command
+from pisces_commands.ending import run_command
 
 def main():
     if sys.argv[1] == "bar":

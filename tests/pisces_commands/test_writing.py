@@ -1,4 +1,4 @@
-"""Claims about `file_writing_pisces`: whole or nothing under every kind of failure, and errors that name the file."""
+"""Claims about `pisces_commands.writing`: whole or nothing under every kind of failure, and errors that name the file."""
 
 import errno
 import json
@@ -16,15 +16,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from modeling_pisces import file_writing_pisces as writing
-from modeling_pisces.file_writing_pisces import (
-    WriteError,
-    append_line,
-    whole_files,
-    whole_folder,
-    write_json,
-    write_whole,
-)
+from pisces_commands import writing
+from pisces_commands.writing import WriteError, append_line, whole_files, whole_folder, write_json, write_whole
 
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
@@ -172,7 +165,7 @@ def test_many_writers_of_one_file_never_mix(locks, tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from modeling_pisces.file_writing_pisces import write_whole
+from pisces_commands.writing import write_whole
 
 def half(path):
     path.write_text("ha")
@@ -240,7 +233,7 @@ def test_a_folder_is_there_when_its_block_ends_and_two_writers_do_not_meet(locks
 
 
 def test_a_folder_in_another_process_is_refused_too(locks, tmp_path):
-    code = "import sys; from modeling_pisces import file_writing_pisces as w\n"
+    code = "import sys; from modeling_pisces import pisces_commands.writing as w\n"
     code += "" if writing.fcntl else "w.fcntl = None\n"
     code += "with w.whole_folder(sys.argv[1]): pass"
     with whole_folder(tmp_path / "out"):

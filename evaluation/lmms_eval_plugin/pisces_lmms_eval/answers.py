@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from modeling_pisces.file_writing_pisces import append_line
+from pisces_commands.writing import append_line
 
 
 # Where a task names no length; the usual one of lmms-eval's own models. Answers end earlier, at the end token.

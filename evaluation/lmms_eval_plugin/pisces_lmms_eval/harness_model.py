@@ -9,8 +9,8 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
-from modeling_pisces.checkpoint_files_pisces import check_checkpoint, find_checkpoint
-from modeling_pisces.model_loading_pisces import choose_device, load_model
+from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint
+from modeling_pisces.checkpoint.loading import choose_device, load_model
 
 from .answers import Answerer, Messages, Question
 

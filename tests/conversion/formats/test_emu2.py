@@ -18,7 +18,7 @@ from conversion.from_emu2_gen import from_emu2_gen, main, plan_tower
 from conversion.storage.command import run_command
 from conversion.storage.tensors import SourceTensor
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel, pool_patches
-from modeling_pisces.model_loading_pisces import load_image_processor
+from modeling_pisces.checkpoint.loading import load_image_processor
 from modeling_pisces.pipeline_pisces import PiscesPipeline
 from tests.conversion.formats.emu2_fixtures import (
     FULL_SIZE,

@@ -9,7 +9,7 @@ from evaluation.report import compare, plots
 from evaluation.report import pages as report
 from evaluation.report.compare import Measured
 from evaluation.runs.summaries import drawing_summary, summarize
-from modeling_pisces.measurement_pisces import wilson_interval
+from pisces_commands.measurement import wilson_interval
 
 
 def share(successes: int, total: int) -> Measured:

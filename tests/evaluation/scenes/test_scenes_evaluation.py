@@ -12,7 +12,7 @@ from evaluation.runs.batches import KeptBatches
 from evaluation.scenes import benchmark as scenes
 from evaluation.scenes.detector import load_silhouettes
 from finetune.scenes.render import write_scenes
-from modeling_pisces.measurement_pisces import wilson_interval
+from pisces_commands.measurement import wilson_interval
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from evaluation.lmms_eval_plugin.pisces_lmms_eval.answers import (
     hash_question,
     samples,
 )
-from modeling_pisces.cli_commands_pisces import answer_question
+from modeling_pisces.console.commands import answer_question
 from tests.evaluation.understanding.understanding_stand_ins import picture
 from tests.fixtures import make_model, make_processor
 

@@ -16,8 +16,8 @@ from finetune.parts.trainer import RunArguments, WeightAverage, train
 from finetune.scenes.render import main as write_scenes
 from finetune.train_gen_encoder import grid_positions, phrase_ids, pooled_vectors, whiten_output
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
-from modeling_pisces.measurement_pisces import describe_hardware
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
+from pisces_commands.measurement import describe_hardware
 
 
 latents_of = pytest.importorskip("finetune.parts.latents", reason="the decoder's recipe needs diffusers")

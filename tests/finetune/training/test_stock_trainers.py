@@ -34,7 +34,7 @@ from trl import (
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from modeling_pisces import PiscesForConditionalGeneration, PiscesModel
-from modeling_pisces.hub_pisces import export_to_folder
+from modeling_pisces.hub.export import export_to_folder
 from tests.finetune.lora_fixtures import make_picture, save_checkpoint
 from tests.fixtures import make_model, make_processor
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from modeling_pisces.model_loading_pisces import load_model
+from modeling_pisces.checkpoint.loading import load_model
 from tests.changed_settings import TINY, Change, all_changes, find_fault, sample_changes
 
 

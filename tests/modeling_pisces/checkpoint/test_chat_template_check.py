@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from modeling_pisces import chat_template_check_pisces as check
-from modeling_pisces.chat_template_check_pisces import check_chat_template
-from modeling_pisces.model_loading_pisces import load_model
+from modeling_pisces.checkpoint import chat_template as check
+from modeling_pisces.checkpoint.chat_template import check_chat_template
+from modeling_pisces.checkpoint.loading import load_model
 from tests.fixtures import make_model, make_processor
 
 

@@ -1,4 +1,4 @@
-"""`checkpoint_files_pisces.py` and `checkpoint_info_pisces.py`: a broken file is named, a good folder is summed up."""
+"""`modeling_pisces/checkpoint/files.py` and `modeling_pisces/checkpoint/info.py`: a broken file is named, a good folder is summed up."""
 
 import json
 import shutil
@@ -7,13 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modeling_pisces.checkpoint_files_pisces import (
-    check_checkpoint,
-    find_checkpoint,
-    read_safetensors_header,
-    weight_files,
-)
-from modeling_pisces.checkpoint_info_pisces import describe_checkpoint, format_checkpoint
+from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint, read_safetensors_header, weight_files
+from modeling_pisces.checkpoint.info import describe_checkpoint, format_checkpoint
 from tests.fixtures import make_model, make_processor
 
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from conversion.storage.hub_files import index_variant
 from conversion.storage.tensors import index_tensors
-from modeling_pisces.checkpoint_files_pisces import check_checkpoint, read_json, weight_files
-from modeling_pisces.cli_pisces import main
-from modeling_pisces.hub_pisces import export_to_folder
-from modeling_pisces.model_loading_pisces import load_model
+from modeling_pisces.checkpoint.files import check_checkpoint, read_json, weight_files
+from modeling_pisces.checkpoint.loading import load_model
+from modeling_pisces.hub.export import export_to_folder
+from pisces_commands.console import main
 from tests.fixtures import make_model, make_processor
 
 

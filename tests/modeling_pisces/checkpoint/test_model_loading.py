@@ -1,12 +1,12 @@
-"""Claims about `model_loading_pisces` that no command's tests make."""
+"""Claims about `modeling_pisces.checkpoint.loading` that no command's tests make."""
 
 import json
 
 import pytest
 from transformers import SiglipImageProcessorPil
 
-from modeling_pisces import model_loading_pisces
-from modeling_pisces.model_loading_pisces import load_image_processor
+from modeling_pisces.checkpoint import loading
+from modeling_pisces.checkpoint.loading import load_image_processor
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def auto_class_wants_torchvision(monkeypatch):
         def from_pretrained(*_, **__):
             raise ImportError("AutoImageProcessor requires the Torchvision library")
 
-    monkeypatch.setattr(model_loading_pisces, "AutoImageProcessor", StandIn)
+    monkeypatch.setattr(loading, "AutoImageProcessor", StandIn)
 
 
 def test_an_image_processor_loads_where_the_auto_class_wants_torchvision(tmp_path, auto_class_wants_torchvision):

@@ -16,13 +16,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 from modeling_pisces import PiscesForConditionalGeneration
-from modeling_pisces.cli_pisces import main
+from pisces_commands.console import main
 from tests.shipped_defaults import draws_at, in_force, look, shipped, write_text
 
 
 pytest.importorskip("diffusers")
 
-from modeling_pisces.model_loading_pisces import load_pipeline
+from modeling_pisces.checkpoint.loading import load_pipeline
 from modeling_pisces.pipeline_pisces import PiscesPipeline
 
 
@@ -143,7 +143,7 @@ def test_the_console_answers_no_longer_than_the_option_or_the_checkpoint_says(
 
 
 def test_remote_code_loads_every_default_where_the_package_is_absent(tmp_path):
-    from modeling_pisces.hub_pisces import export_to_folder
+    from modeling_pisces.hub.export import export_to_folder
 
     folder = export_to_folder(TINY, None, tmp_path / "export")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}

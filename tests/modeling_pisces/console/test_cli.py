@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_pisces import cli_commands_pisces as commands
 from modeling_pisces import load_image
-from modeling_pisces.cli_pisces import main
-from modeling_pisces.model_loading_pisces import choose_device, load_model
+from modeling_pisces.checkpoint.loading import choose_device, load_model
+from modeling_pisces.console import commands
+from pisces_commands.console import main
 from tests.checkpoint_folder import write_checkpoint
 from tests.fixtures import make_model, make_processor
 from tests.hub_folders import make_pipeline
@@ -365,7 +365,7 @@ def test_interrupt_exits_with_130(capsys, checkpoint, monkeypatch):
 
 
 def test_the_command_runs_in_a_process_of_its_own(checkpoint):
-    command = [sys.executable, "-m", "modeling_pisces.cli_pisces", "describe", "nowhere.png", "--model", checkpoint]
+    command = [sys.executable, "-m", "pisces_commands.console", "describe", "nowhere.png", "--model", checkpoint]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert_one_line_error(done.stderr, "nowhere.png")

@@ -1,10 +1,10 @@
-"""`contact_sheet_pisces.py`: every picture is on the sheet, readable, and captions stay inside their column."""
+"""`modeling_pisces/console/contact_sheet.py`: every picture is on the sheet, readable, and captions stay inside their column."""
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from modeling_pisces.contact_sheet_pisces import MARGIN, Section, Tile, _fit, _wrap, make_contact_sheet
+from modeling_pisces.console.contact_sheet import MARGIN, Section, Tile, _fit, _wrap, make_contact_sheet
 
 
 COLORS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200)]

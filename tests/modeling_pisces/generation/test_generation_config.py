@@ -93,7 +93,7 @@ def test_saving_what_was_loaded_from_a_flagged_file_takes_the_flag_out(flagged, 
 
 @pytest.mark.parametrize("kind", ["model", "folder"])
 def test_an_export_carries_no_flag_and_every_value(flagged, kind, tmp_path):
-    from modeling_pisces.hub_pisces import export_to_folder
+    from modeling_pisces.hub.export import export_to_folder
 
     source = flagged if kind == "folder" else AutoModelForMultimodalLM.from_pretrained(flagged)
     output = export_to_folder(source, make_processor(), tmp_path / "export")
@@ -125,7 +125,7 @@ def test_the_finished_pisces_tiny_ships_a_temperature_where_the_head_samples(hea
 
 
 def test_an_export_of_a_folder_without_the_file_carries_no_flag(flagged, tmp_path):
-    from modeling_pisces.hub_pisces import export_to_folder
+    from modeling_pisces.hub.export import export_to_folder
 
     (flagged / "generation_config.json").unlink()
     settings = read_settings(export_to_folder(flagged, make_processor(), tmp_path / "export"))

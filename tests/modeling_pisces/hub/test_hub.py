@@ -18,9 +18,9 @@ pytest.importorskip("diffusers")
 from huggingface_hub import ModelCard
 
 from modeling_pisces import PiscesForConditionalGeneration, PiscesModel
-from modeling_pisces.hub_cards_pisces import check_card
-from modeling_pisces.hub_checks_pisces import check_hub_folder, check_repo_id
-from modeling_pisces.hub_pisces import AUTO_MAP, export_to_folder, push_folder
+from modeling_pisces.hub.cards import check_card
+from modeling_pisces.hub.checks import check_hub_folder, check_repo_id
+from modeling_pisces.hub.export import AUTO_MAP, export_to_folder, push_folder
 from tests.fixtures import make_model, make_processor
 from tests.hub_folders import CARD, make_pipeline, write_export
 from tests.hub_server import HubServer

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from modeling_pisces import PiscesForConditionalGeneration, PiscesProcessor
-from modeling_pisces.hub_pisces import push_folder
+from modeling_pisces.hub.export import push_folder
 from modeling_pisces.pipeline_pisces import PiscesPipeline
 from tests.hub_folders import write_export, write_picture
 from tests.hub_server import HubServer

@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler  # noqa: E402
 
 from modeling_pisces.decoder_pisces import decode_latents  # noqa: E402
-from tests.modeling_pisces.pipeline.pipeline_fixtures import (
+from tests.modeling_pisces.pipeline.pipeline_fixtures import (  # noqa: E402
     draw,
     make_full_pipeline,
     make_pipeline,

@@ -137,9 +137,9 @@ def test_the_endings_of_pictures_are_written_down_once():
     from evaluation import picture_metrics
     from finetune.data.readers import files as data_files
     from finetune.data.readers import shards as data_tar
-    from modeling_pisces import cli_files_pisces
+    from modeling_pisces.console import pictures
 
-    for module in (picture_metrics, data_files, data_tar, cli_files_pisces):
+    for module in (picture_metrics, data_files, data_tar, pictures):
         assert module.PICTURE_SUFFIXES is PICTURE_SUFFIXES
     assert {".tif", ".tiff", ".gif", ".avif"} <= set(PICTURE_SUFFIXES)
 

@@ -1,7 +1,7 @@
 """Names of pictures for the console command: which ones to read, and where drawn ones are written.
 
-`cli_commands_pisces.py` calls these before a model is loaded, so that a wrong path costs no waiting. Decoding one
-picture is left to `image_loading_pisces.py`.
+`modeling_pisces/console/commands.py` calls these before a model is loaded, so that a wrong path costs no waiting.
+Decoding one picture is left to `image_loading_pisces.py`.
 """
 
 import re
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from .arguments_pisces import UsageError
-from .file_writing_pisces import write_whole
-from .image_loading_pisces import PICTURE_SUFFIXES, load_image
+from pisces_commands.arguments import UsageError
+from pisces_commands.writing import write_whole
+
+from ..image_loading_pisces import PICTURE_SUFFIXES, load_image
 
 
 class OutputPlace:

@@ -1,8 +1,8 @@
 """Refuses checkpoint folders that reach outside themselves: to other files, to the Hub, or to what never ends.
 
-A checkpoint is other people's input. `checkpoint_files_pisces.py` calls these checks before anything of a folder is
-opened or handed to a library; each refusal names the file. Code is another matter: nothing here or there runs any, and
-`trust_remote_code` alone decides about it.
+A checkpoint is other people's input. `modeling_pisces/checkpoint/files.py` calls these checks before anything of a
+folder is opened or handed to a library; each refusal names the file. Code is another matter: nothing here or there
+runs any, and `trust_remote_code` alone decides about it.
 """
 
 import os

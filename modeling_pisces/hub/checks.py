@@ -1,7 +1,8 @@
 """What a folder must hold before it is published: every file, whole, loadable without the package, and no pickles.
 
-`hub_pisces.py` calls `check_hub_folder` after an export and before every push. Only JSON, the card and safetensors
-headers are read; whether a plain checkpoint folder is whole is left to `checkpoint_files_pisces.py`.
+`modeling_pisces/hub/export.py` calls `check_hub_folder` after an export and before every push. Only JSON, the card and
+safetensors headers are read; whether a plain checkpoint folder is whole is left to
+`modeling_pisces/checkpoint/files.py`.
 """
 
 import os
@@ -11,14 +12,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .checkpoint_files_pisces import (
-    check_checkpoint,
-    read_json,
-    read_safetensors_header,
-    read_weight_map,
-    weight_files,
-)
-from .hub_cards_pisces import check_card
+from ..checkpoint.files import check_checkpoint, read_json, read_safetensors_header, read_weight_map, weight_files
+from .cards import check_card
 
 
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}

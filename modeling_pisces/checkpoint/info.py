@@ -1,22 +1,15 @@
 """Sums up a checkpoint folder from its configuration and safetensors headers; no weight is read into memory.
 
 `pisces info` prints the result. Finding the folder and refusing broken files comes first, in
-`checkpoint_files_pisces.py`.
+`modeling_pisces/checkpoint/files.py`.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_files_pisces import (
-    DECODER_PARTS,
-    StoredTensor,
-    read_config,
-    read_json,
-    read_safetensors_header,
-    weight_files,
-)
-from .configuration_pisces import PiscesConfig
+from ..configuration_pisces import PiscesConfig
+from .files import DECODER_PARTS, StoredTensor, read_config, read_json, read_safetensors_header, weight_files
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:

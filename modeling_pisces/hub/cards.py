@@ -1,7 +1,7 @@
 """Model cards: the short one that an export writes where its author gave none, and what every published one must say.
 
-`hub_pisces.py` writes cards, `hub_checks_pisces.py` checks them before a push. The card of `pisces-tiny` is
-`model_card.md` in the repository.
+`modeling_pisces/hub/export.py` writes cards, `modeling_pisces/hub/checks.py` checks them before a push. The card of
+`pisces-tiny` is `model_card.md` in the repository.
 """
 
 import re

@@ -2,7 +2,8 @@
 
 Users and `conversion.export` call the two. The folder carries the code it needs, so it loads with
 `trust_remote_code=True` where this package is not installed. What a publishable folder must hold is checked in
-`hub_checks_pisces.py`, sending is done in `hub_push_pisces.py`; no file named hub_ is itself published.
+`modeling_pisces/hub/checks.py`, sending is done in `modeling_pisces/hub/push.py`. Only files at the top of the package
+are published.
 """
 
 import json
@@ -17,13 +18,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .checkpoint_files_pisces import DECODER_PARTS, check_checkpoint, read_json, weight_files
-from .file_writing_pisces import whole_folder
-from .generation_config_pisces import own_generation_config, read_generation_config
-from .hub_cards_pisces import check_card, default_card
-from .hub_checks_pisces import check_hub_folder
-from .hub_push_pisces import PushReport, push_folder
-from .pipeline_checks_pisces import check_decoder
+from pisces_commands.writing import whole_folder
+
+from ..checkpoint.files import DECODER_PARTS, check_checkpoint, read_json, weight_files
+from ..generation_config_pisces import own_generation_config, read_generation_config
+from ..pipeline_checks_pisces import check_decoder
+from .cards import check_card, default_card
+from .checks import check_hub_folder
+from .push import PushReport, push_folder
 
 
 # The same Auto classes that importing the package registers. Written into the exported JSON only: on a live config or
@@ -228,7 +230,7 @@ def code_files(with_decoder: bool) -> list[Path]:
     modules = {reference.split(".")[0] for reference in AUTO_MAP.values()}
     if with_decoder:
         modules.add(PIPELINE_CLASS[0])
-    paths = [Path(__file__).with_name(f"{module}.py") for module in modules]
+    paths = [Path(__file__).parents[1] / f"{module}.py" for module in modules]
     return sorted({*paths, *(Path(needed) for path in paths for needed in get_relative_import_files(path))})
 
 

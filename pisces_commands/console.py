@@ -1,7 +1,8 @@
 """The console command `pisces`: its arguments, its exit codes, and one line for every error.
 
-`main` is the entry point of the installed package. What the four commands do is in `cli_commands_pisces.py`, imported
-only when a command runs, so that `--help` and a wrong argument answer before the heavy libraries are read.
+`main` is the entry point of the installed package. What the four commands do is in
+`modeling_pisces/console/commands.py`, imported only when a command runs, so that `--help` and a wrong argument answer
+before the heavy libraries are read.
 """
 
 import argparse
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
-from .arguments_pisces import COUNT, SEED, LineParser, finite_number
-from .command_ending_pisces import EXIT_OK, CommandEnd, one_line_ending
+from pisces_commands.arguments import COUNT, SEED, LineParser, finite_number
+from pisces_commands.ending import EXIT_OK, CommandEnd, one_line_ending
 
 
 DEFAULT_MODEL = "pisces-tiny"
@@ -202,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        from .cli_commands_pisces import run_command
+        from modeling_pisces.console.commands import run_command
     except ImportError as error:
         raise ImportError(f"{error}. Install the missing package and try again.") from error
     return run_command(args)

@@ -17,9 +17,9 @@ import transformers
 from transformers import AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor, ImageProcessingMixin
 from transformers.utils import logging
 
-from .chat_template_check_pisces import check_chat_template
-from .checkpoint_files_pisces import check_checkpoint
-from .loaded_checks_pisces import check_generation_values, check_picture_sizes, check_text_length
+from .chat_template import check_chat_template
+from .files import check_checkpoint
+from .values import check_generation_values, check_picture_sizes, check_text_length
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def load_pipeline(folder: Path, device: str = "auto", dtype: str = "auto", trust
         raise ValueError(
             f"drawing needs diffusers ({error}). Install it: pip install 'modeling-pisces[draw]'."
         ) from error
-    from .pipeline_pisces import PiscesPipeline
+    from ..pipeline_pisces import PiscesPipeline
 
     if not logging.is_progress_bar_enabled():
         diffusers_logging.disable_progress_bar()

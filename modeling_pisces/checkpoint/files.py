@@ -1,7 +1,7 @@
 """Finds a checkpoint folder and checks its files without loading it: only JSON and safetensors headers are read.
 
 The console command calls `find_checkpoint` and `check_checkpoint` before any heavy work, so that a missing or broken
-file is named in one sentence. Summing up what a good folder holds is left to `checkpoint_info_pisces.py`.
+file is named in one sentence. Summing up what a good folder holds is left to `modeling_pisces/checkpoint/info.py`.
 """
 
 import json
@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checkpoint_safety_pisces import check_folder, check_references, check_regular, check_shard_name
-from .configuration_pisces import PiscesConfig
-from .scheduler_checks_pisces import check_scheduler_config, check_vae_config
+from ..configuration_pisces import PiscesConfig
+from ..scheduler_checks_pisces import check_scheduler_config, check_vae_config
+from .safety import check_folder, check_references, check_regular, check_shard_name
 
 
 DECODER_PARTS = ("unet", "vae", "scheduler")

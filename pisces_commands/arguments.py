@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from .command_ending_pisces import EXIT_USAGE, end_command
+from pisces_commands.ending import EXIT_USAGE, end_command
 
 
 LARGEST = 2**31 - 1  # of a count that nobody has set a limit for

@@ -14,9 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .file_writing_pisces import write_json
+from pisces_commands.writing import write_json
 
 
 def current_commit() -> str | None:
@@ -41,6 +39,8 @@ def current_command() -> str:
 
 def describe_hardware() -> str:
     """The accelerator if there is one, otherwise the processor and the number of threads in use."""
+    import torch  # here: a command answers `--help` before libraries are read
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

@@ -1,7 +1,7 @@
 """Sends a checked folder to the Hub as one commit, so that a repository never shows half a checkpoint.
 
-`hub_pisces.py` hands `push_folder` on to users. Writing the folder is left to that file, checking it to
-`hub_checks_pisces.py`.
+`modeling_pisces/hub/export.py` hands `push_folder` on to users. Writing the folder is left to that file, checking it
+to `modeling_pisces/hub/checks.py`.
 """
 
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-from .checkpoint_files_pisces import DECODER_PARTS
-from .hub_checks_pisces import check_hub_folder, check_repo_id
+from ..checkpoint.files import DECODER_PARTS
+from .checks import check_hub_folder, check_repo_id
 
 
 # What an earlier push may have left behind and a loader would still find: other shards, an old decoder, old code.

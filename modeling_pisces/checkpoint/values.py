@@ -1,6 +1,7 @@
 """Checks of a loaded model and processor that no library makes: settings of a wrong kind that load and fail later.
 
-`model_loading_pisces.py` calls them once per checkpoint; each refusal names the file that holds the setting.
+`modeling_pisces/checkpoint/loading.py` calls them once per checkpoint; each refusal names the file that holds the
+setting.
 """
 
 from pathlib import Path

@@ -1,8 +1,9 @@
 """What the four commands of `pisces` do: describe, draw, reconstruct, info.
 
-`cli_pisces.py` parses the arguments and turns exceptions into one line and an exit code. Here a command checks the
-checkpoint and its inputs, loads the model, works through the inputs one by one, and reports one that cannot be used
-without giving up the others. Names of pictures in and out are the business of `cli_files_pisces.py`.
+`pisces_commands/console.py` parses the arguments and turns exceptions into one line and an exit code. Here a command
+checks the checkpoint and its inputs, loads the model, works through the inputs one by one, and reports one that cannot
+be used without giving up the others. Names of pictures in and out are the business of
+`modeling_pisces/console/pictures.py`.
 """
 
 import argparse
@@ -15,12 +16,13 @@ from typing import Any
 
 from PIL import Image
 
-from .checkpoint_files_pisces import check_checkpoint, find_checkpoint
-from .checkpoint_info_pisces import describe_checkpoint, format_checkpoint
-from .cli_files_pisces import OutputPlace, UsageError, find_pictures, first_usable
-from .contact_sheet_pisces import Section, Tile, make_contact_sheet
-from .file_writing_pisces import write_whole
-from .model_loading_pisces import load_model, load_pipeline, quiet_libraries
+from pisces_commands.writing import write_whole
+
+from ..checkpoint.files import check_checkpoint, find_checkpoint
+from ..checkpoint.info import describe_checkpoint, format_checkpoint
+from ..checkpoint.loading import load_model, load_pipeline, quiet_libraries
+from .contact_sheet import Section, Tile, make_contact_sheet
+from .pictures import OutputPlace, UsageError, find_pictures, first_usable
 
 
 DEFAULT_MODEL = "pisces-tiny"

@@ -1,0 +1,1 @@
+"""Folders for the Hub: written, checked and pushed."""
