@@ -29,7 +29,7 @@ from modeling_pisces.hub.export import PushReport, export_to_folder, push_folder
 
 
 PARTS_HEADING = "## Parts and their licenses"
-CHILD = Path(__file__).with_name("load_export.py")
+CHILD = Path(__file__).parent / "checks" / "load_export.py"
 
 
 def export(

@@ -22,7 +22,7 @@ from finetune.flags.parsing import parse_flags_of, run_command
 from finetune.parts.latents import VaeTraining, build_vae, encode_latents, whiten_latents
 from finetune.parts.pictures import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
 from finetune.parts.trainer import Metrics, RunArguments, run_evaluation, train, write_results
-from finetune.train_gen_encoder import pooled_vectors
+from finetune.parts.whitening import pooled_vectors
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
 from pisces_commands.writing import whole_files
 

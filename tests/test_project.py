@@ -18,6 +18,7 @@ from modeling_pisces.hub.export import code_files
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_pisces"
 ROOMS = ("modeling_pisces", "conversion", "finetune", "evaluation", "benchmarks", "demo")
+LEAVES = ("benchmarks",)  # may import every room, and nobody imports them
 GROUND = "pisces_commands"  # what every room's commands are made of; in the wheel, imports without torch
 # what code that the Hub carries may import at the top: the loader refuses to run where anything else is missing
 HUB_IMPORTS = {"torch", "transformers", "PIL", "numpy", "huggingface_hub", "safetensors", "tokenizers", "filelock"}
@@ -63,12 +64,104 @@ def read_toml():
 # ---- rooms
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if (ROOT / room).is_dir()])
+@pytest.mark.parametrize("room", [room for room in ROOMS if room not in LEAVES])
 def test_rooms_never_import_each_other(room):
     others = {other for other in ROOMS if other not in (room, "modeling_pisces")} | {"tests"}
     for path in python_files(room):
         wrong = others & {name.split(".")[0] for name in imported_modules(path)}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}: rooms meet through folders on disk"
+
+
+# What a folder may import of its own room, from the ground up; `docs/architecture.md` draws the same arrows.
+FLOORS = {
+    "finetune": {
+        "flags": set(),
+        "data": {"flags"},
+        "guard": {"data", "flags"},
+        "training": {"data", "flags", "guard"},
+        "preferences": {"data", "flags", "guard", "training"},
+        "scenes": set(),
+        "parts": {"data", "flags", "scenes", "training"},
+        "tiny": {"data", "flags", "parts", "scenes", "training"},
+    },
+    "conversion": {
+        "storage": set(),
+        "assembly": {"storage"},
+        "formats": {"assembly", "storage"},
+        "checks": {"assembly", "storage"},
+    },
+    "evaluation": {
+        "runs": set(),
+        "report": {"runs"},
+        "drawing": {"runs"},
+        "scenes": {"runs"},
+        "understanding": {"runs"},
+        "study": {"report", "runs", "scenes"},
+        "lmms_eval_plugin": set(),
+    },
+}
+# commands that are steps of another command
+COMMANDS_IN_COMMANDS = {
+    "finetune.rejection_sampling": {"finetune.best_of_n", "finetune.lora_generation"},
+    "finetune.train_stages": {"finetune.precompute"},
+}
+
+
+def imports_inside(room, path):
+    """What a file imports of its own room: names of its folders, and of commands at its door."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name.split(".")[1] for name in names if name.startswith(f"{room}."))
+
+
+def doors(room):
+    return sorted(path for path in (ROOT / room).glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_folders_of_a_room_import_in_one_direction_and_never_a_command(room):
+    folders = {path.parent.name for path in (ROOT / room).glob("*/__init__.py")}
+    assert folders == set(FLOORS[room]) - {"lmms_eval_plugin"}
+    for folder, below in FLOORS[room].items():
+        for path in python_files(f"{room}/{folder}"):
+            # `python -m room.folder` is a command, it only lives in a folder
+            wrong = set(imports_inside(room, path)) - below - {folder}
+            assert path.name == "__main__.py" or not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_command_imports_another_one_only_by_the_written_list(room):
+    commands = {path.stem for path in doors(room)}
+    for path in doors(room):
+        found = {f"{room}.{name}" for name in set(imports_inside(room, path)) & commands - {path.stem}}
+        assert found <= COMMANDS_IN_COMMANDS.get(f"{room}.{path.stem}", set()), path.name
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_what_stands_at_the_door_of_a_room_is_a_command(room):
+    for path in doors(room):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        runs = any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body)
+        assert "main" in functions and runs, f"{path.relative_to(ROOT)}: library code belongs into a folder"
+
+
+def test_no_folder_is_a_drawer():
+    for room in (GROUND, *ROOMS):
+        for folder in {path.parent for path in python_files(room)}:
+            files = [path.name for path in folder.glob("*.py")]
+            assert len(files) <= 16, f"{folder.relative_to(ROOT)} holds {len(files)} files; give it folders"
+
+
+def test_the_ground_imports_no_room():
+    for path in python_files(GROUND):
+        rooms = {name.split(".")[0] for name in imported_modules(path)} & set(ROOMS)
+        # the console hands over to what its commands do, when one of them runs
+        assert rooms <= ({"modeling_pisces"} if path.name == "console.py" else set()), path
 
 
 def test_what_an_export_carries_is_flat_and_imports_its_siblings_by_name():

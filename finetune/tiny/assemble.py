@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from finetune.parts.pictures import load_pictures
+from finetune.parts.whitening import whiten_output
 from finetune.tiny.stages import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
-from finetune.train_gen_encoder import whiten_output
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
 from modeling_pisces.generation_config_pisces import read_generation_config
 from pisces_commands.arguments import COUNT, SEED, LineParser, whole_number

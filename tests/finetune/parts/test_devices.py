@@ -5,10 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune import train_gen_encoder
-from finetune.parts import latents
+from finetune.parts import latents, whitening
 from finetune.parts.latents import build_vae, whiten_latents
-from finetune.train_gen_encoder import whiten_output
+from finetune.parts.whitening import whiten_output
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
 
@@ -59,7 +58,7 @@ def test_whitening_latents_needs_no_float64_on_the_device(monkeypatch):
 def test_whitening_a_tower_needs_no_float64_on_the_device(monkeypatch):
     tower = make_tower()
     vectors = torch.randn(6, 4, 8)
-    monkeypatch.setattr(train_gen_encoder, "pooled_vectors", lambda *_: vectors)
+    monkeypatch.setattr(whitening, "pooled_vectors", lambda *_: vectors)
     cpu = torch.Tensor.cpu
     # what lies on "meta" has no values to bring to the CPU: any will do
     monkeypatch.setattr(torch.Tensor, "cpu", lambda t: torch.ones(t.shape, dtype=t.dtype) if t.is_meta else cpu(t))
@@ -69,8 +68,8 @@ def test_whitening_a_tower_needs_no_float64_on_the_device(monkeypatch):
 
 def test_the_numbers_are_those_of_float64_on_the_cpu():
     tower = make_tower()
-    before = train_gen_encoder.pooled_vectors(tower, pictures(), 2).double().flatten(0, 1)
+    before = whitening.pooled_vectors(tower, pictures(), 2).double().flatten(0, 1)
     whiten_output(tower, pictures(), 2)
-    after = train_gen_encoder.pooled_vectors(tower, pictures(), 2).double().flatten(0, 1)
+    after = whitening.pooled_vectors(tower, pictures(), 2).double().flatten(0, 1)
     std, mean = torch.std_mean(before, dim=0, correction=0)
     torch.testing.assert_close(after, (before - mean) / std, atol=1e-4, rtol=1e-4)

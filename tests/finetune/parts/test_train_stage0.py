@@ -13,8 +13,9 @@ from transformers import AutoModel, Dinov2Config, SiglipVisionConfig, SiglipVisi
 from finetune import train_gen_encoder, train_vision
 from finetune.parts.pictures import TensorRows, edge_strength, load_pictures, patch_labels, to_pixel_values, to_uint8
 from finetune.parts.trainer import RunArguments, WeightAverage, train
+from finetune.parts.whitening import pooled_vectors, whiten_output
 from finetune.scenes.render import main as write_scenes
-from finetune.train_gen_encoder import grid_positions, phrase_ids, pooled_vectors, whiten_output
+from finetune.train_gen_encoder import grid_positions, phrase_ids
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
 from pisces_commands.measurement import describe_hardware
