@@ -233,7 +233,7 @@ def test_a_folder_is_there_when_its_block_ends_and_two_writers_do_not_meet(locks
 
 
 def test_a_folder_in_another_process_is_refused_too(locks, tmp_path):
-    code = "import sys; from modeling_pisces import pisces_commands.writing as w\n"
+    code = "import sys; from pisces_commands import writing as w\n"
     code += "" if writing.fcntl else "w.fcntl = None\n"
     code += "with w.whole_folder(sys.argv[1]): pass"
     with whole_folder(tmp_path / "out"):
