@@ -28,6 +28,7 @@ from conversion.storage.decoder import build_component
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
 from modeling_pisces.pipeline_pisces import PiscesPipeline
 from pisces_commands.console import main as pisces
+from tests.commands import load_command
 from tests.conversion.formats.emu2_fixtures import SMALL_SIZE, write_emu2_gen
 from tests.conversion.formats.llava_fixtures import write_llava
 from tests.conversion.formats.test_sdxl import SDXL_UNET, write_sdxl
@@ -130,7 +131,7 @@ def run(words):
         return None
     with redirect_stdout(StringIO()) as printed:
         arguments = localize(words[3:]) + (named_parts() if words[2] == "conversion.verify" else [])
-        importlib.import_module(words[2]).main(arguments)
+        load_command(words[2])(arguments)
     return printed.getvalue()
 
 

@@ -1,7 +1,6 @@
-"""Every command of docs/evaluate.md, in the order of the page: scenes on pisces-tiny, drawings by a stand-in."""
+"""Every command of the three pages on evaluation, in their order: scenes on pisces-tiny, drawings by a stand-in."""
 
 import glob
-import importlib
 import json
 import re
 import sys
@@ -15,6 +14,7 @@ from evaluation.drawing import clip as clip_vectors
 from evaluation.drawing import prompt_sets
 from evaluation.drawing.geneval_rules import Found, Thresholds
 from evaluation.understanding import benchmark as understanding
+from tests.commands import load_command
 from tests.evaluation.drawing.drawing_stand_ins import ScriptedPipeline, geneval_entries, write_lines, write_wise
 from tests.evaluation.drawing.tiny_clip import write_clip
 from tests.evaluation.understanding.understanding_stand_ins import (
@@ -26,7 +26,8 @@ from tests.evaluation.understanding.understanding_stand_ins import (
 
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs/evaluate.md").read_text(encoding="utf-8")
+PAGES = ("evaluate", "evaluate_understanding", "evaluate_drawing")
+TEXT = "\n".join((ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in PAGES)
 BLOCKS = re.findall(r"^(?:`([\w./]+)`\n)?```(\w*)\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [line.split() for _, language, body in BLOCKS if language == "bash" for line in body.splitlines()]
 TOY = {
@@ -69,12 +70,12 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_every_command_of_the_page_runs(folder, monkeypatch, capsys):
+def test_every_command_of_the_pages_runs(folder, monkeypatch, capsys):
     for words in COMMANDS:
         assert words[:2] == ["python", "-m"]
         arguments = [path for word in words[3:] for path in (sorted(glob.glob(word)) if "*" in word else [word])]
         monkeypatch.setattr(sys, "argv", [words[2], *arguments, *TOY.get(words[2], [])])
-        importlib.import_module(words[2]).main()
+        load_command(words[2])()
         if words[2] == "finetune.scenes":  # two prompts are enough
             prompts = folder / "heldout/prompts.jsonl"
             prompts.write_text("\n".join(prompts.read_text().splitlines()[:2]) + "\n")

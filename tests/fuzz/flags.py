@@ -9,6 +9,7 @@ value that is no fault for its flag (a text for a text) only must not end in a t
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import io
 import os
 import random
@@ -64,15 +65,17 @@ COMMANDS = (
     Command("finetune.train_vision", _RUN, "load_pictures"),
     Command("finetune.check_data", "--data {d}/data.jsonl", "open_source"),
     Command("finetune.precompute", "--checkpoint {d}/model --data {d}/data.jsonl --output {d}/out", "load_data"),
-    Command("finetune.scenes", "--output {d}/out --num_scenes 2", "write_scenes"),
+    Command("finetune.scenes.render", "--output {d}/out --num_scenes 2", "write_scenes"),
     Command("finetune.scenes.new_concept", "--output {d}/out", "write_concept"),
     Command(
-        "finetune.tiny",
+        "finetune.tiny.assemble",
         "assemble --data {d}/data --vision_tower {d}/a --gen_vision_tower {d}/b --output {d}/out",
         "assemble",
     ),
-    Command("finetune.tiny", "towers --checkpoint {d}/model --output {d}/out", "split_towers"),
-    Command("finetune.tiny", "finish --checkpoint {d}/model --decoder {d}/decoder --output {d}/out", "finish"),
+    Command("finetune.tiny.assemble", "towers --checkpoint {d}/model --output {d}/out", "split_towers"),
+    Command(
+        "finetune.tiny.assemble", "finish --checkpoint {d}/model --decoder {d}/decoder --output {d}/out", "finish"
+    ),
     Command("benchmarks.lora_step", _BENCHMARK, "measure_understanding"),
     Command("benchmarks.lora_gpu", _BENCHMARK + " --preset tiny --device cpu", "make_adapted"),
     Command(
@@ -88,14 +91,14 @@ COMMANDS = (
     Command("conversion.quantize", "--checkpoint {d}/a --method torchao_int8 " + _CONVERT, "quantize"),
     Command("conversion.merge_adapter", "--base {d}/a --adapter {d}/b " + _CONVERT, "merge_adapter"),
     Command("conversion.verify", "--checkpoint {d}/a", "verify"),
-    Command("evaluation.report", "card --results {d}/r.json --card {d}/page.md", "write_card"),
-    Command("evaluation.report", "compare {d}/a.json {d}/b.json --output {d}/out.md", "write_comparison"),
-    Command("evaluation.report", "curves {d}/a.json --output {d}/out.png", "write_curves"),
+    Command("evaluation.report.pages", "card --results {d}/r.json --card {d}/page.md", "write_card"),
+    Command("evaluation.report.pages", "compare {d}/a.json {d}/b.json --output {d}/out.md", "write_comparison"),
+    Command("evaluation.report.pages", "curves {d}/a.json --output {d}/out.png", "write_curves"),
     Command("evaluation.geneval", "--drawings {d}/drawings --output {d}/out.json", "score"),
     Command("evaluation.picture_metrics", "--drawings {d}/drawings --output {d}/out.json", "measure"),
-    Command("evaluation.understanding", "--model {d}/a --tasks mme --output {d}/out.json", "evaluate"),
+    Command("evaluation.understanding.benchmark", "--model {d}/a --tasks mme --output {d}/out.json", "evaluate"),
     Command("evaluation.draw_prompts", "--model {d}/a --prompts own:{d}/p.txt --output {d}/out", "draw"),
-    Command("evaluation.scenes", "--model {d}/a --data {d}/data --output {d}/out.json", "evaluate"),
+    Command("evaluation.scenes.benchmark", "--model {d}/a --data {d}/data --output {d}/out.json", "evaluate"),
     Command("evaluation.scenes.scorer", "--data {d}/data --validate", "validate"),
     Command("evaluation.study.__main__", "run --work {d}/work --model {d}/a", "run"),
     Command(
@@ -196,7 +199,10 @@ def flags_of(command: Command) -> list[argparse.Action]:
 
 def _call(module: Any, command: Command, words: list[str]) -> Any:
     main = getattr(module, command.main)
-    wrapper = getattr(module, "run_command", None)
+    door = module
+    if importlib.util.find_spec(f"{module.__package__}.__main__"):  # `python -m` of a folder ends as its door says
+        door = importlib.import_module(f"{module.__package__}.__main__")
+    wrapper = getattr(module, "run_command", None) or getattr(door, "run_command", None)
     with mock.patch.object(sys, "argv", [command.module, *words]):
         if command.module == "pisces_commands.console":
             return main(words)

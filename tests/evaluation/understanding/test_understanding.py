@@ -24,7 +24,7 @@ from tests.evaluation.understanding.understanding_stand_ins import (
 
 
 ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs/evaluate.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/evaluate_understanding.md").read_text(encoding="utf-8")
 MMVP = {"mmvp_accuracy": 0.5, "mmvp_pair_accuracy": 0.25}
 
 

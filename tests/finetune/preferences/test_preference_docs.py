@@ -1,6 +1,5 @@
 """Every file of docs/preferences.md is written and every command of it run, in the order of the page, at toy size."""
 
-import importlib
 import json
 import re
 import sys
@@ -11,6 +10,7 @@ import yaml
 
 from finetune.preferences.rewards import REWARDS
 from tests.checkpoint_folder import write_checkpoint
+from tests.commands import load_command
 from tests.finetune.data.data_files import write_pictures
 
 
@@ -83,7 +83,7 @@ def test_the_commands_of_the_page_run_in_order(clone, capsys):
     ]
     for words in COMMANDS:
         assert words[:2] == ["python", "-m"]
-        importlib.import_module(words[2]).main(words[3:])
+        load_command(words[2])(words[3:])
     for name in ("preferred", "counts", "short", "bright", "rejection/round_2/adapter", "liked"):
         assert (clone / "runs" / name / "adapter_model.safetensors").is_file(), name
     rows = [json.loads(line) for line in Path("drawings/metadata.jsonl").read_text().splitlines()]
