@@ -1,7 +1,7 @@
 """The understanding suite of the paper's tables, as lmms-eval 0.7.3 has it: data only.
 
 `evaluation.understanding` knows from these rows how many items and which metric to expect, because the harness gives
-a score for half a data set too. docs/evaluate.md shows the same table; a test compares the two.
+a score for half a data set too. docs/evaluate_understanding.md shows the same table; a test compares the two.
 """
 
 from typing import NamedTuple
