@@ -3,7 +3,7 @@
 A tokenizer cannot tell the `<|end|>` that a chat template wrote from one that stands in somebody's question. So every
 string that goes into a template is also rendered with its dangerous characters exchanged for stand-ins that no token
 contains: where both renderings have the same control tokens, all of them are the template's. That one comparison
-covers tokens put together from two parts, from a role, or with the template's own text. `chat_pisces` calls it.
+covers tokens put together from two parts, from a role, or with the template's own text. `processing_pisces` calls it.
 """
 
 import functools
