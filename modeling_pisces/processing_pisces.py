@@ -3,9 +3,8 @@
 It owns the expansion of placeholders for both image paths: a picture that the user shows becomes N x `<|image|>` and
 `pixel_values`; a picture that the assistant draws becomes `<|gen_start|>` M x `<|gen_image|>` `<|gen_end|>` and
 `gen_pixel_values`. Users call it directly or through `apply_chat_template`; collators and the pipeline do the same.
-Messages are read by `conversations_pisces`, control tokens that a user typed are judged by `control_tokens_pisces`,
-picture files are read by `image_loading_pisces`, lists and counts are in `processing_inputs_pisces`; resizing and
-normalising are left to two stock image processors.
+Messages, lists of pictures and control tokens that a user typed are the business of `conversations_pisces`, picture
+files of `image_loading_pisces`; resizing and normalising are left to two stock image processors.
 """
 
 # I understanding images, J generation images, N / M placeholders per image, T tokens, Dg width of a generated vector
@@ -31,25 +30,25 @@ from transformers.utils.chat_template_utils import (
     render_jinja_template,
 )
 
-from .control_tokens_pisces import ChatInputs, PlainTextTokenizer, TypedTokens
 from .conversations_pisces import (
-    assistant_mask,
-    collect_images,
-    default_chat_template,
-    find_surrogate,
-    normalize_conversations,
-)
-from .image_loading_pisces import load_image, one_line
-from .processing_inputs_pisces import (
     VECTORS_NDIM,
+    ChatInputs,
+    PlainTextTokenizer,
+    TypedTokens,
+    assistant_mask,
     call_setting,
     check_counts,
     check_settings,
     check_shapes,
+    collect_images,
+    default_chat_template,
     expand_placeholders,
+    find_surrogate,
     flatten,
+    normalize_conversations,
     one_line_errors,
 )
+from .image_loading_pisces import load_image, one_line
 
 
 try:  # transformers needs it for templates; the Hub's loader asks for nothing that stands in a try

@@ -10,7 +10,7 @@ from transformers import AddedToken
 
 from conversion.assembly.chat_formats import FORMATS, make_chat_template
 from modeling_pisces import PiscesProcessor
-from modeling_pisces.control_tokens_pisces import find_control_tokens
+from modeling_pisces.conversations_pisces import find_control_tokens
 from tests.fixtures import make_processor, make_tokenizer
 
 
@@ -305,14 +305,14 @@ def test_added_tokens_outside_the_control_tokens_keep_their_ids():
 
 
 def test_a_tokenizer_that_makes_a_control_token_of_plain_text_is_refused(processor, monkeypatch):
-    from modeling_pisces import control_tokens_pisces
+    from modeling_pisces import conversations_pisces
 
     end = processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    plain, anchor, _ = control_tokens_pisces._plain_tokenizer(
+    plain, anchor, _ = conversations_pisces._plain_tokenizer(
         processor.tokenizer, tuple(processor.tokenizer.added_tokens_encoder), len(processor.tokenizer)
     )
     letter = plain.token_to_id("q")  # as a vocabulary of whole words could have it
-    monkeypatch.setattr(control_tokens_pisces, "_plain_tokenizer", lambda *args: (plain, anchor, {letter: end}))
+    monkeypatch.setattr(conversations_pisces, "_plain_tokenizer", lambda *args: (plain, anchor, {letter: end}))
     with pytest.raises(ValueError, match=r"row 1: this tokenizer makes <\|eot_id\|> of plain text"):
         prepare(processor, [[user("a")], [user("q")]], sanitize_control_tokens=True)
 
