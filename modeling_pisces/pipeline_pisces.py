@@ -3,22 +3,40 @@
 Users and the console command load it from a checkpoint folder; `DiffusionPipeline.from_pretrained` runs this file as
 remote code in processes without the package, and then copies the siblings that this file imports, but not what those
 import. What to draw is decided by the language model's own `generate`; the arithmetic of the decoder is left to
-`decoder_pisces.py`, refusing bad input to `pipeline_checks_pisces.py`, folders to `pipeline_loading_pisces.py`.
+`decoder_pisces.py`, refusing bad input to `pipeline_checks_pisces.py`.
+
+One folder holds the decoder and, at its root, the language model. It is loaded through the Auto classes of
+transformers, because the classes of the package may be remote code themselves.
+
+Several threads may draw with one pipeline, so each call works on a scheduler of its own and on values of its own.
+Callbacks keep diffusers' habits all the same: inside a call `pipe.scheduler`, `pipe._guidance_scale` and
+`pipe._interrupt` mean that call, in whichever variable the pipeline is held; between calls they show the latest one.
 Letters: B prompts, M generated vectors per image, Dg width of a generated vector.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+import inspect
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .decoder_pisces import (
     decode_latents,
@@ -29,13 +47,13 @@ from .decoder_pisces import (
     step_options,
     vae_scale_factor,
 )
-from .pipeline_calls_pisces import PipelineCallMixin
 from .pipeline_checks_pisces import (
     Generators,
     check_callback,
     check_callback_result,
     check_count,
     check_decoder,
+    check_default_negative,
     check_eta,
     check_finite,
     check_generators,
@@ -49,12 +67,171 @@ from .pipeline_checks_pisces import (
     check_vectors,
     prompt_list,
 )
-from .pipeline_loading_pisces import PipelineLoadingMixin
 from .pipeline_lora_pisces import DecoderLoraMixin
-from .scheduler_checks_pisces import check_plan, check_scheduler, check_vae_config
+from .scheduler_checks_pisces import check_plan, check_scheduler, check_vae_config, prediction_kind
 
 
 logger = logging.get_logger(__name__)
+
+
+# arguments of from_pretrained that mean the same to diffusers and to transformers
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+PARTS = ("unet", "scheduler", "vae", "vision_language_model", "processor")
+# of a pipeline whose checkpoint names none; steps and guidance are those of Emu2's decoder, arXiv 2312.13286
+DEFAULTS = {"default_num_inference_steps": 50, "default_guidance_scale": 3.0, "default_negative": "empty"}
+
+
+def has_language_model(source: str | os.PathLike, **hub_options: Any) -> bool:
+    """Whether a folder or Hub repository has a Pisces model at its root, in the transformers layout."""
+    if os.path.isdir(source):
+        path = os.path.join(source, "config.json")
+        if not os.path.isfile(path):
+            return False
+    else:
+        try:
+            path = hf_hub_download(str(source), "config.json", **hub_options)
+        except EntryNotFoundError:
+            return False
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("model_type") == "pisces"
+
+
+def language_model_dtype(dtype: Any) -> Any:
+    """What diffusers calls a dtype (nothing, one for all, or a dict of components) as one for the language model."""
+    if isinstance(dtype, dict):
+        dtype = dtype.get("vision_language_model", dtype.get("default"))
+    return "auto" if dtype is None else dtype  # "auto": as saved; fp32 would double the memory of an 8B model
+
+
+def source_of_decoder(source: str | os.PathLike, unet: UNet2DConditionModel) -> dict[str, Any] | None:
+    """Where, and at which revision, `DiffusionPipeline.from_pretrained(source)` has just found the decoder.
+
+    It does not tell the pipeline its `revision` and `cache_dir`. The U-Net remembers its folder, and in the cache of
+    the Hub that folder lies in `<cache_dir>/<repository>/snapshots/<commit>/`.
+
+    Returns:
+        options for `from_pretrained`, or None if the U-Net came from elsewhere.
+    """
+    if os.path.isdir(source):
+        return {}
+    folder = Path(unet.config.get("_name_or_path") or "").absolute().parent
+    if folder.parent.name != "snapshots":
+        return None
+    return {"revision": folder.name, "cache_dir": str(folder.parents[2])}
+
+
+def trained_prediction(source: str | os.PathLike, **hub_options: Any) -> str | None:
+    """What the checkpoint's own scheduler says its U-Net was trained to predict; None where nothing says so."""
+    try:
+        config = DDIMScheduler.load_config(source, subfolder="scheduler", **hub_options)  # reads any scheduler's file
+    except (OSError, ValueError):
+        return None
+    return prediction_kind(str(config.get("_class_name", "")), config)
+
+
+def checked_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The three defaults of a pipeline, refused where a call could not use them.
+
+    Raises:
+        ValueError: naming the default.
+    """
+    name = "default_num_inference_steps"
+    steps = check_count(name, settings[name])
+    guidance = check_guidance(settings["default_guidance_scale"], "default_guidance_scale")
+    check_default_negative(settings["default_negative"])
+    return {**settings, name: steps, "default_guidance_scale": guidance}
+
+
+def save_remote_code(pipeline_class: type, folder: Path) -> None:
+    """Copy the files that define `pipeline_class` into `folder` and name it there as remote code."""
+    file = Path(inspect.getfile(pipeline_class))
+    for sibling in file.parent.glob("*_pisces.py"):
+        shutil.copyfile(sibling, folder / sibling.name)
+    index = folder / "model_index.json"
+    settings = json.loads(index.read_text(encoding="utf-8"))
+    settings["_class_name"] = [file.stem, pipeline_class.__name__]
+    index.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _refuse_adapters(model: Any, name: str, advice: str) -> None:
+    # PEFT's layers rename the weights (base_layer), and a wrapped or adapted transformers model saves the adapter only
+    if getattr(model, "peft_config", None):
+        adapters = ", ".join(map(str, model.peft_config))
+        raise ValueError(
+            f"{name} carries the adapter {adapters}, which this format cannot hold. Save it on its own, then {advice}."
+        )
+
+
+# ---- one call -------------------------------------------------------------------------------------------------------
+
+# locks of the process: inside a pipeline they could be neither copied nor pickled
+_PLANNING = threading.Lock()
+_OFFLOADED = threading.RLock()  # a callback may draw, too
+
+
+class Call:
+    """The values of one call in progress; `outer` is the call that this one was made in, by a callback."""
+
+    def __init__(self, pipeline: Any, values: dict[str, Any], outer: "Call | None"):
+        self.pipeline, self.values, self.outer = pipeline, values, outer
+
+
+# a context variable, not a thread's: helpers started with the context of a call (asyncio.to_thread) belong to the call
+_CURRENT: ContextVar[Call | None] = ContextVar("pisces_pipeline_call", default=None)
+
+
+def call_values(pipeline: Any) -> dict[str, Any] | None:
+    """The values of the innermost call of this pipeline that is running here, or None between calls."""
+    call = _CURRENT.get()
+    while call is not None and call.pipeline is not pipeline:
+        call = call.outer
+    return None if call is None else call.values
+
+
+class CallValue:
+    """An attribute that, while a call runs, is the call's own; otherwise the pipeline's."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, pipeline: Any, owner: type | None = None) -> Any:
+        if pipeline is None:
+            return self
+        values = call_values(pipeline)
+        try:
+            return pipeline.__dict__[self.name] if values is None else values[self.name]
+        except KeyError:
+            raise AttributeError(f"{type(pipeline).__name__} has no {self.name} yet.") from None
+
+    def __set__(self, pipeline: Any, value: Any) -> None:
+        values = call_values(pipeline)
+        (pipeline.__dict__ if values is None else values)[self.name] = value
+
+
+class CallScheduler(CallValue):
+    """Swapping the scheduler is for the next calls; the running one has planned its steps already."""
+
+    def __set__(self, pipeline: Any, value: Any) -> None:
+        pipeline.__dict__[self.name] = value
+
+
+class CallInterrupt(CallValue):
+    """True stops this call after the step it is at; set from outside any call, it stops all that are running."""
+
+    def __get__(self, pipeline: Any, owner: type | None = None) -> Any:
+        values = None if pipeline is None else call_values(pipeline)
+        if values is None:
+            return super().__get__(pipeline, owner)
+        return values[self.name] or values["num_interrupts"] != pipeline.__dict__.get("_num_interrupts", 0)
+
+    def __set__(self, pipeline: Any, value: Any) -> None:
+        super().__set__(pipeline, value)
+        if value and call_values(pipeline) is None:
+            pipeline.__dict__["_num_interrupts"] = pipeline.__dict__.get("_num_interrupts", 0) + 1
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
 
 
 class PicturesToEncode:
@@ -76,7 +253,7 @@ class PicturesToEncode:
         return PicturesToEncode(self.model, torch.zeros_like(self.pixels[:1]))
 
 
-class PiscesPipeline(PipelineLoadingMixin, PipelineCallMixin, DecoderLoraMixin, DiffusionPipeline):
+class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
     """Draws pictures with a Pisces checkpoint: language model -> image vectors -> diffusion decoder.
 
     Args:
@@ -106,6 +283,11 @@ class PiscesPipeline(PipelineLoadingMixin, PipelineCallMixin, DecoderLoraMixin, 
     model_cpu_offload_seq = "vision_language_model->unet->vae"
     _optional_components = ["vae", "vision_language_model", "processor"]
     _callback_tensor_inputs = ["latents", "image_vectors", "negative_image_vectors"]
+    # in a call, the call's own
+    scheduler = CallScheduler()
+    _guidance_scale = CallValue()
+    _num_timesteps = CallValue()
+    _interrupt = CallInterrupt()
 
     def __init__(
         self,
@@ -462,6 +644,235 @@ class PiscesPipeline(PipelineLoadingMixin, PipelineCallMixin, DecoderLoraMixin, 
                 "or attach one: pipe.load_language_model(folder), or pass vision_language_model= and processor="
             )
         return self.vision_language_model, self.processor
+
+    # ---- the call in progress -----------------------------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def _planned_scheduler(self, plan: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """A copy of the scheduler with its steps planned, and what `plan(scheduler)` returned.
+
+        The pipeline's own scheduler is planned as well, for those who read its timesteps afterwards; it never steps.
+        """
+        with _PLANNING:
+            scheduler = self.__dict__["scheduler"]  # not that of a call around this one
+            planned = plan(scheduler)
+            return copy.deepcopy(scheduler), planned
+
+    @contextmanager
+    def _one_call(self, scheduler: Any, guidance_scale: float, num_timesteps: int) -> Iterator[None]:
+        """Everything inside is one call with values of its own; its last ones stay visible afterwards."""
+        shown = {"_guidance_scale": guidance_scale, "_num_timesteps": num_timesteps, "_interrupt": False}
+        num_interrupts = self.__dict__.get("_num_interrupts", 0)
+        values = {**shown, "scheduler": scheduler, "num_interrupts": num_interrupts}
+        # offloading moves whole models between devices, so such a pipeline serves one call after the other
+        with _OFFLOADED if getattr(self, "_all_hooks", None) else nullcontext():
+            token = _CURRENT.set(Call(self, values, _CURRENT.get()))
+            try:
+                yield
+            finally:
+                _CURRENT.reset(token)
+                self.__dict__.update({name: values[name] for name in shown})
+
+    # ---- loading and saving -------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, load_language_model: bool = True, **kwargs
+    ) -> Any:
+        """Load the decoder and, from the same folder or Hub repository, the language model and its processor.
+
+        Args:
+            pretrained_model_name_or_path: a checkpoint folder, or a Hub id.
+            load_language_model: False loads the decoder only, to draw from `image_vectors`.
+            kwargs: as for every diffusers pipeline. `revision`, `token`, `cache_dir`, `local_files_only`,
+                `force_download`, `trust_remote_code`, `device_map` and the dtype also apply to the language model;
+                without a dtype it keeps the one it was saved in. `vision_language_model=` and `processor=` replace
+                the folder's own, and None there attaches none.
+        """
+        source = pretrained_model_name_or_path
+        pipe = super().from_pretrained(source, load_language_model=False, **kwargs)
+        parts = {"vision_language_model", "processor"} - set(kwargs)
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        if "unet" not in kwargs:
+            pipe.unet._trained_prediction = trained_prediction(source, **hub_options)
+        if load_language_model and parts and has_language_model(source, **hub_options):
+            device_map = kwargs.get("device_map")
+            pipe.load_language_model(
+                source,
+                dtype=language_model_dtype(kwargs.get("dtype", kwargs.get("torch_dtype"))),
+                device_map="auto" if device_map == "balanced" else device_map,  # the same idea, in transformers' word
+                trust_remote_code=kwargs.get("trust_remote_code", False),
+                parts=parts,
+                **hub_options,
+            )
+        return pipe
+
+    def load_language_model(
+        self,
+        source: str | os.PathLike | None = None,
+        dtype: Any = "auto",
+        device_map: Any = None,
+        trust_remote_code: bool = False,
+        parts: set[str] | tuple[str, ...] = ("vision_language_model", "processor"),
+        **hub_options,
+    ) -> None:
+        """Attach the language model and processor of a checkpoint; before `.to()` or offloading, which place both.
+
+        Args:
+            source: a checkpoint folder or Hub id; None is where the decoder came from.
+            dtype: "auto" keeps the dtype of the checkpoint.
+            device_map, trust_remote_code, hub_options: as in transformers.
+            parts: which of the two components to replace.
+
+        Raises:
+            ValueError: the checkpoint is no Pisces model, or its vectors do not fit this decoder. Before its weights
+                are read.
+        """
+        source = self.name_or_path if source is None else source
+        if source is None or not has_language_model(source, **hub_options):
+            raise ValueError(
+                f"{source}: no Pisces model there (a config.json with model_type 'pisces'). Give the checkpoint "
+                "folder or the Hub id of one."
+            )
+        options = {"trust_remote_code": trust_remote_code, **hub_options}
+        if "vision_language_model" in parts:
+            config = AutoConfig.from_pretrained(source, **options)
+            check_decoder(self.unet, self.vae, config.gen_vector_size, str(source))
+            model = AutoModelForMultimodalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
+            self.register_modules(vision_language_model=model.eval())
+        if "processor" in parts:
+            self.register_modules(processor=AutoProcessor.from_pretrained(source, **options))
+
+    def register_to_config(self, **kwargs) -> None:
+        """Note settings of the pipeline, as diffusers does; and attach the language model to a pipeline named so late.
+
+        `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` builds this class without calling its
+        `from_pretrained`. Its last act is to note where the parts came from, and there the model lies too.
+        """
+        super().register_to_config(**kwargs)
+        source = kwargs.get("_name_or_path")
+        if source is None or not hasattr(self, "_attach_when_named") or self.unet is None:
+            return
+        hub_options = source_of_decoder(source, self.unet)
+        is_own = os.path.realpath(self.unet.config.get("_name_or_path") or "") == os.path.realpath(f"{source}/unet")
+        if (is_own or hub_options) and not hasattr(
+            self.unet, "_trained_prediction"
+        ):  # a U-Net given by hand may differ
+            self.unet._trained_prediction = trained_prediction(source, **(hub_options or {}))
+        if not self._attach_when_named or self.vision_language_model is not None:
+            return
+        self._attach_when_named = False
+        if hub_options is None or not has_language_model(source, **hub_options):
+            return
+        # fp32 is what diffusers gives those who ask for nothing; the repository's code is running already
+        dtype = "auto" if self.unet.dtype == torch.float32 else self.unet.dtype
+        self.load_language_model(source, dtype=dtype, trust_remote_code=True, **hub_options)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name; `PiscesPipeline(**pipe.components)` shares them, and draws with the same defaults."""
+        # Only parts travel this way, and pipelines of different defaults may share one U-Net: whoever hands it out
+        # says which defaults go with it.
+        self._note_defaults()
+        return super().components
+
+    def _note_defaults(self) -> None:
+        if self.unet is not None:  # diffusers builds pipelines of the text half alone, to encode prompts with
+            self.unet._pipeline_defaults = {name: self.config[name] for name in DEFAULTS}
+
+    def _resolved_defaults(self, unet: Any, **given: Any) -> dict[str, Any]:
+        """Each default: as given, else as the U-Net came with, else the usual one."""
+        noted = getattr(unet, "_pipeline_defaults", None) or {}
+        named = {name: value for name, value in given.items() if value is not None}
+        return checked_defaults({**DEFAULTS, **noted, **named})
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs) -> Any:
+        """A pipeline that shares the parts of another one; nothing is loaded, copied or cast.
+
+        Args:
+            pipeline: any diffusers pipeline that has a U-Net and a scheduler; a VAE, language model and processor
+                are taken over where it has them.
+            kwargs: parts and defaults to have instead; `dtype` (or `torch_dtype`) casts all parts.
+
+        Raises:
+            ValueError: a part is missing.
+        """
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        parts = {name: getattr(pipeline, name, None) for name in PARTS}
+        settings = {name: pipeline.config[name] for name in DEFAULTS if name in pipeline.config}
+        options = {**parts, **settings, "load_language_model": False, **kwargs}
+        if missing := [name for name in ("unet", "scheduler") if options[name] is None]:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no {' and no '.join(missing)}, which drawing needs. Pass "
+                f"{missing[0]}=, or a pipeline that has one."
+            )
+        pipe = cls(**options)
+        # diffusers keeps what only the other class knows under a private name, for the way back
+        others = {name: value for name, value in pipeline.config.items() if name not in options}
+        pipe.register_to_config(**{name if name[0] == "_" else f"_{name}": value for name, value in others.items()})
+        return pipe if dtype is None else pipe.to(dtype=dtype)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, save_language_model: bool = True, **kwargs: Any
+    ) -> None:
+        """Save everything in the folder that `from_pretrained` reads: decoder, language model and processor.
+
+        U-Net, VAE and scheduler go into folders of their own beside `model_index.json`; language model and processor,
+        where the pipeline has them, to the root, as their own `save_pretrained` writes them. Nothing is saved twice.
+        A pipeline that came as remote code saves that code too, which diffusers itself leaves out.
+
+        Args:
+            save_language_model: False saves the decoder only.
+            kwargs: as for every diffusers pipeline, `push_to_hub` too; `max_shard_size` also holds for the language
+                model, `variant` is for the decoder only.
+
+        Raises:
+            ValueError: an adapter hangs on a part whose file could not be loaded again.
+        """
+        _refuse_adapters(self.unet, "unet", "unload_lora_weights() (after fuse_lora() to keep its effect)")
+        folder = os.fspath(save_directory)
+        if os.path.isfile(folder):
+            raise ValueError(f"{folder}: this is a file. Give a folder to save the pipeline in.")
+        if save_language_model and self.vision_language_model is not None:
+            _refuse_adapters(self.vision_language_model, "vision_language_model", "merge it (merge_and_unload)")
+            shards = {"max_shard_size": kwargs["max_shard_size"]} if kwargs.get("max_shard_size") else {}
+            self.vision_language_model.save_pretrained(folder, **shards)
+        if save_language_model and self.processor is not None:
+            self.processor.save_pretrained(folder)
+        names = ("unet", "scheduler", "vae")
+        parts = {name: self.__dict__[name] for name in names}  # the pipeline's scheduler, not that of a running call
+        decoder = type(self)(**parts, **{name: self.config[name] for name in DEFAULTS})
+        DiffusionPipeline.save_pretrained(decoder, folder, **kwargs)
+
+    def save_config(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write `model_index.json`, and the code of a pipeline that came as remote code, before any upload begins."""
+        super().save_config(save_directory, **kwargs)
+        if type(self).__module__.startswith("diffusers_modules."):
+            save_remote_code(type(self), Path(save_directory))
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        # exported folders name this class as remote code; whoever calls it has the code and need not trust a copy
+        settings = super()._dict_from_json_file(json_file)
+        if isinstance(settings.get("_class_name"), list):
+            settings["_class_name"] = settings["_class_name"][1]
+        return settings
 
 
 def _run_offload_hook(model: Any) -> None:

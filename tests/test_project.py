@@ -217,7 +217,7 @@ def test_files_are_written_in_one_place():
     """Results of commands go through `pisces_commands.writing`; what stands here writes inside a folder of it, or a log."""
     inside = {  # each of them is given a folder that appears whole
         "modeling_pisces/hub/export.py",
-        "modeling_pisces/pipeline_loading_pisces.py",
+        "modeling_pisces/pipeline_pisces.py",
         "pisces_commands/writing.py",
         "finetune/tiny/assemble.py",
         "evaluation/study/steps.py",  # the log of a step
