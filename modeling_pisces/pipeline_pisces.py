@@ -39,6 +39,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .decoder_pisces import (
+    DecoderLoraMixin,
     decode_latents,
     picture_size,
     predict,
@@ -61,14 +62,16 @@ from .pipeline_checks_pisces import (
     check_latents,
     check_one_given,
     check_output_type,
+    check_plan,
     check_rows,
+    check_scheduler,
     check_size_pairs,
+    check_vae_config,
     check_vector_options,
     check_vectors,
+    prediction_kind,
     prompt_list,
 )
-from .pipeline_lora_pisces import DecoderLoraMixin
-from .scheduler_checks_pisces import check_plan, check_scheduler, check_vae_config, prediction_kind
 
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..configuration_pisces import PiscesConfig
-from ..scheduler_checks_pisces import check_scheduler_config, check_vae_config
+from ..pipeline_checks_pisces import check_scheduler_config, check_vae_config
 from .safety import check_folder, check_references, check_regular, check_shard_name
 
 

@@ -197,6 +197,6 @@ def test_only_safetensors_are_read_and_written(tmp_path):
 
 
 def test_without_peft_the_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr("modeling_pisces.pipeline_lora_pisces.is_peft_available", lambda: False)
+    monkeypatch.setattr("modeling_pisces.decoder_pisces.is_peft_available", lambda: False)
     with pytest.raises(ValueError, match=r"LoRA adapters need the package peft. Install it: pip install peft"):
         make_pipeline().load_lora_weights(tmp_path)

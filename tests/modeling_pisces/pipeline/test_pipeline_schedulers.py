@@ -8,8 +8,8 @@ import pytest
 diffusers = pytest.importorskip("diffusers")
 
 from modeling_pisces.checkpoint.files import check_checkpoint  # noqa: E402
+from modeling_pisces.pipeline_checks_pisces import check_scheduler_config, check_vae_config  # noqa: E402
 from modeling_pisces.pipeline_pisces import PiscesPipeline  # noqa: E402
-from modeling_pisces.scheduler_checks_pisces import check_scheduler_config, check_vae_config  # noqa: E402
 from tests.modeling_pisces.pipeline.pipeline_fixtures import draw, make_full_pipeline, make_pipeline, vectors  # noqa: E402
 
 
