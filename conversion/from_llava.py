@@ -30,7 +30,7 @@ from conversion.storage.output_folder import check_output, new_folder
 from conversion.storage.tensors import DTYPES, PlannedTensor
 from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor
-from modeling_pisces.generation_config_pisces import own_generation_config
+from modeling_pisces.configuration_pisces import own_generation_config
 from pisces_commands.arguments import COUNT, SEED
 
 

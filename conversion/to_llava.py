@@ -32,8 +32,7 @@ from conversion.storage.tensors import PlannedTensor, index_tensors
 from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor
 from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint, read_config, read_json
-from modeling_pisces.configuration_pisces import num_prefix_tokens
-from modeling_pisces.generation_config_pisces import own_generation_config
+from modeling_pisces.configuration_pisces import num_prefix_tokens, own_generation_config
 
 
 def to_llava(

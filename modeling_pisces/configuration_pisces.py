@@ -4,14 +4,22 @@
 `PiscesGenVisionConfig` describes the project's own generation tower. Counts that follow from other values (vectors
 per image, grid sides, width of a generated vector) are properties, so that no fact is stored twice. The model, the
 processor and the conversion scripts read this file; it reads nothing of theirs.
+
+It also keeps a checkpoint's generation_config.json in force: what was saved is what a later load generates with. A
+`GenerationConfig` that was derived from a model config carries `_from_model_config`. transformers keeps that flag
+through every change and every save, and drops the names it does not know itself, such as `image_temperature`, when a
+flagged file is read: one value set before saving, and the next load has lost it without a word. Pisces never writes
+the flag, and reads a flagged file as it stands. The model calls the two functions at the end of this file when it is
+loaded and saved, and so does what handles a folder without its model.
 """
 
+import os
 from dataclasses import field
 from math import isqrt
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
@@ -370,4 +378,32 @@ class PiscesConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["PiscesConfig", "PiscesGenVisionConfig"]
+# ---- generation_config.json -----------------------------------------------------------------------------------------
+
+
+def read_generation_config(source: str | os.PathLike, **hub_options) -> GenerationConfig:
+    """The generation config of a folder or Hub id with every value that is written there.
+
+    Args:
+        source: folder or Hub id.
+        hub_options: as `GenerationConfig.from_pretrained` takes them.
+
+    Raises:
+        OSError: there is no generation_config.json, or it is no JSON.
+    """
+    # given here, the flag replaces the file's: transformers (5.16 to 5.24) lets arguments win over the file
+    return own_generation_config(GenerationConfig.from_pretrained(source, _from_model_config=False, **hub_options))
+
+
+def own_generation_config(settings: GenerationConfig) -> GenerationConfig:
+    """The same object, no longer marked as derived from a model config; None is the value that no file shows."""
+    settings._from_model_config = None
+    return settings
+
+
+__all__ = [
+    "PiscesConfig",
+    "PiscesGenVisionConfig",
+    "own_generation_config",
+    "read_generation_config",
+]

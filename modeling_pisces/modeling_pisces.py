@@ -7,17 +7,18 @@
 
 # B rows, T tokens, D language-model width, I understanding images, J generated/target images,
 # N understanding vectors per image, M generated vectors per image, Dg width of a generated vector
+import os
+
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
-from .configuration_pisces import PiscesConfig, num_patches
-from .generation_config_pisces import GenerationConfigMixin
+from .configuration_pisces import PiscesConfig, num_patches, own_generation_config, read_generation_config
 from .generation_pisces import PiscesGenerationMixin
 from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
 from .modeling_pisces_heads import PiscesFlowBlock, PiscesProjector, build_gen_head
@@ -45,6 +46,8 @@ from .placeholders_pisces import (
 # without "model." protect the backbone, which `AutoModel` loads from the same config.json.
 _NOT_QUANTIZED = ("vision_tower", "multi_modal_projector", "gen_vision_tower", "gen_projector", "gen_head")
 PISCES_QUANT_SKIP_MODULES = ["lm_head", *(f"model.{name}" for name in _NOT_QUANTIZED), *_NOT_QUANTIZED]
+# of `from_pretrained` that also say where generation_config.json lies
+_HUB_OPTIONS = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
 class PiscesPreTrainedModel(PreTrainedModel):
@@ -448,13 +451,14 @@ def _scatter(inputs_embeds: torch.Tensor, mask: torch.Tensor, vectors: torch.Ten
     return inputs_embeds.masked_scatter(mask.unsqueeze(-1), vectors)
 
 
-class PiscesForConditionalGeneration(GenerationConfigMixin, PiscesPreTrainedModel, PiscesGenerationMixin):
+class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixin):
     """The whole model: understands images, writes text, and draws images as vectors.
 
     `generate(**inputs)` writes text; `generate(**inputs, generation_mode="image")` returns (B, M, Dg) vectors, which
     `PiscesPipeline` turns into pixels.
     """
 
+    generation_config: GenerationConfig
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -623,6 +627,33 @@ class PiscesForConditionalGeneration(GenerationConfigMixin, PiscesPreTrainedMode
     def gen_head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The generation head's loss of each vector: (n, D), (n, Dg) -> (n,)."""
         return self.model.gen_head.loss_per_vector(hidden, targets)
+
+    def adjust_generation_fn(
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **kwargs
+    ):
+        """The last step of `from_pretrained`: the generation config, with the values that transformers leaves out."""
+        super().adjust_generation_fn(
+            generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, **kwargs
+        )
+        if not self.generation_config._from_model_config:
+            return
+        if pretrained_model_name_or_path is None:  # weights given as a state_dict: there is no file to read
+            own_generation_config(self.generation_config)
+            return
+        if generation_config is not None:
+            values = generation_config.to_dict() | {"_from_model_config": None}
+            self.generation_config = type(self.generation_config).from_dict(values)
+            return
+        try:
+            hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            self.generation_config = read_generation_config(pretrained_model_name_or_path, **hub_options)
+        except OSError:
+            own_generation_config(self.generation_config)  # no such file: what config.json gave stays
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, with a generation config that loads with all of its values."""
+        own_generation_config(self.generation_config)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 __all__ = [

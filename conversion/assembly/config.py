@@ -17,8 +17,7 @@ from conversion.assembly.parts import Part
 from conversion.assembly.vocabulary import PISCES_TOKENS, Vocabulary
 from modeling_pisces import PiscesConfig, PiscesProcessor
 from modeling_pisces.checkpoint.loading import load_image_processor
-from modeling_pisces.configuration_pisces import num_prefix_tokens
-from modeling_pisces.generation_config_pisces import read_generation_config
+from modeling_pisces.configuration_pisces import num_prefix_tokens, read_generation_config
 
 
 _SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")

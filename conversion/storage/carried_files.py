@@ -31,7 +31,7 @@ def copy_generation_config(source: Path, target: Path, leave_out: Iterable[str] 
     """Copy a generation_config.json as it stands, without the flag with which a load loses values of its own.
 
     As text: transformers refuses to save some settings that published files hold. The flag is explained in
-    `generation_config_pisces.py`.
+    `configuration_pisces.py`.
     """
     settings = read_json(source)
     kept = {name: value for name, value in settings.items() if name not in ("_from_model_config", *leave_out)}

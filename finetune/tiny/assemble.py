@@ -25,7 +25,7 @@ from finetune.parts.pictures import load_pictures
 from finetune.parts.whitening import whiten_output
 from finetune.tiny.stages import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
-from modeling_pisces.generation_config_pisces import read_generation_config
+from modeling_pisces.configuration_pisces import read_generation_config
 from pisces_commands.arguments import COUNT, SEED, LineParser, whole_number
 from pisces_commands.writing import whole_files, write_json
 

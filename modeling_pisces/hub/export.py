@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from pisces_commands.writing import whole_folder
 
 from ..checkpoint.files import DECODER_PARTS, check_checkpoint, read_json, weight_files
-from ..generation_config_pisces import own_generation_config, read_generation_config
+from ..configuration_pisces import own_generation_config, read_generation_config
 from ..pipeline_checks_pisces import check_decoder
 from .cards import check_card, default_card
 from .checks import check_hub_folder

@@ -9,7 +9,7 @@ import json
 import pytest
 from transformers import AutoModelForMultimodalLM, GenerationConfig, Trainer, TrainingArguments
 
-from modeling_pisces.generation_config_pisces import read_generation_config
+from modeling_pisces.configuration_pisces import read_generation_config
 from tests.fixtures import make_model, make_processor
 
 
