@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from .configuration_pisces import PiscesConfig, PiscesGenVisionConfig
+from .generation_pisces import PiscesGenerateOutput
 from .image_loading_pisces import load_image
 from .modeling_pisces import (
     PISCES_PEFT_EXCLUDE_MODULES,
@@ -24,7 +25,6 @@ from .modeling_pisces import (
     PiscesModel,
 )
 from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
-from .outputs_pisces import PiscesGenerateOutput
 from .processing_pisces import PiscesProcessor
 
 

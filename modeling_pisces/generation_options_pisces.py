@@ -13,8 +13,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .outputs_pisces import CACHE_NAMES
-from .placeholders_pisces import check_ids, check_mask, check_vectors, num_ids, placeholder_mask
+from .placeholders_pisces import CACHE_NAMES, check_ids, check_mask, check_vectors, num_ids, placeholder_mask
 
 
 IMAGE_INPUTS = ("pixel_values", "image_features", "gen_pixel_values", "gen_image_vectors")

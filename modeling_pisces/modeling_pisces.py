@@ -17,6 +17,7 @@ import functools
 import os
 import types
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,12 @@ from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
@@ -32,14 +38,9 @@ from .configuration_pisces import PiscesConfig, num_patches, own_generation_conf
 from .generation_pisces import PiscesGenerationMixin
 from .modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
 from .modeling_pisces_heads import PiscesFlowBlock, PiscesProjector, build_gen_head
-from .outputs_pisces import (
+from .placeholders_pisces import (
     CACHE_NAME,
     CACHE_NAMES,
-    PiscesCausalLMOutputWithPast,
-    PiscesModelOutputWithPast,
-    one_cache,
-)
-from .placeholders_pisces import (
     check_forward_inputs,
     check_labels,
     check_packed_inputs,
@@ -47,6 +48,7 @@ from .placeholders_pisces import (
     find_sample_starts,
     is_row_mask,
     num_ids,
+    one_cache,
     placeholder_mask,
 )
 
@@ -62,6 +64,68 @@ PISCES_PEFT_EXCLUDE_MODULES = (
 )
 # of `from_pretrained` that also say where generation_config.json lies
 _HUB_OPTIONS = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
+
+
+def _flat(values: tuple) -> tuple:
+    """Nested outputs as tuples, as transformers' own multimodal outputs hand them out with `return_dict=False`."""
+    return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in values)
+
+
+@dataclass
+class PiscesModelOutputWithPast(BaseModelOutputWithPast):
+    """Backbone output; the cache stands under the name that the installed transformers gives it (`CACHE_NAME`).
+
+    Args:
+        image_outputs: output of `get_image_features`, if images were given; `pooler_output` (I, N, D) is projected.
+            Only `pooler_output` is set where `image_features` were given instead of pictures.
+        image_hidden_states: (I, N, D), the same `pooler_output`.
+        gen_image_vectors: (J, M, Dg) clean generated vectors that were placed, if any were given.
+        gen_image_mask: (B, T) bool, True at each placeholder of a generated vector.
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    gen_image_vectors: torch.FloatTensor | None = None
+    gen_image_mask: torch.BoolTensor | None = None
+
+    def to_tuple(self) -> tuple:
+        return _flat(super().to_tuple())
+
+
+@dataclass
+class PiscesCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of `PiscesForConditionalGeneration`. A side that the batch lacks has None as its loss and count 0.
+
+    Args:
+        loss: text_loss + image_loss_weight * image_loss, over the sides that are present.
+        text_loss: cross entropy in nats, mean over labelled text tokens.
+        image_loss: the head's squared error, mean over elements of labelled vectors.
+        text_loss_sum: sum of the cross entropy over labelled text tokens.
+        num_text_tokens: number of labelled text tokens.
+        image_loss_sum: sum over labelled vectors of their image loss; for "mse" the mean squared error of a vector.
+        num_image_vectors: number of labelled vectors.
+        image_target_mean: (Dg,) mean of the labelled vectors; with it the variances of several batches add up.
+        image_target_variance: variance of the labelled vectors about their per-channel mean; what predicting that mean
+            would score, so that R^2 = 1 - image_loss / image_target_variance for a regression by "mse".
+        logits: (B, T, vocabulary), or None where `skip_logits` left them out.
+        image_outputs, image_hidden_states: as in `PiscesModelOutputWithPast`.
+        image_loss_per_vector: (labelled vectors,) what `image_loss_sum` is the sum of, in reading order.
+    """
+
+    text_loss: torch.FloatTensor | None = None
+    image_loss: torch.FloatTensor | None = None
+    text_loss_sum: torch.FloatTensor | None = None
+    num_text_tokens: torch.LongTensor | None = None
+    image_loss_sum: torch.FloatTensor | None = None
+    num_image_vectors: torch.LongTensor | None = None
+    image_target_mean: torch.FloatTensor | None = None
+    image_target_variance: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    image_loss_per_vector: torch.FloatTensor | None = None
+
+    def to_tuple(self) -> tuple:
+        return _flat(super().to_tuple())
 
 
 class PiscesPreTrainedModel(PreTrainedModel):
@@ -760,7 +824,9 @@ def _add_image_loss(model: Any, outputs: Any, backbone: Any, targets: torch.Tens
 __all__ = [
     "PISCES_PEFT_EXCLUDE_MODULES",
     "PISCES_QUANT_SKIP_MODULES",
+    "PiscesCausalLMOutputWithPast",
     "PiscesForConditionalGeneration",
     "PiscesModel",
+    "PiscesModelOutputWithPast",
     "PiscesPreTrainedModel",
 ]

@@ -1,14 +1,25 @@
 """What the model asks of its inputs: ids, masks and vectors that mean something, and each image's exact vectors.
 
-Used by the model only, also for rows that hold several samples, which the recipes build. Checks that look at values
+Used by the model only, also for rows that hold several samples, which the recipes build. transformers calls the
+key-value cache `past_key_values` up to 5.23 and `cache` from 5.24 on, as an argument, as a field of outputs and as a
+key of `model_kwargs`; this file is the only one that knows both names, everything else asks `CACHE_NAME` and
+`one_cache`. Checks that look at values
 are skipped while compiling or exporting, and in `forward` on a GPU, where each would wait for the device; `generate`
 makes them once per call on every device.
 """
 
 # B rows, T tokens, D language-model width
+import warnings
+from dataclasses import fields
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
 
 
 def is_tracing() -> bool:
@@ -144,6 +155,23 @@ def check_forward_inputs(
     mask = others["attention_mask"]
     if is_row_mask(mask) and _is_checked(mask, False):
         check_mask_values(mask)
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, under whichever of its two names it was given; warns of the name that transformers has given up.
+
+    Raises:
+        ValueError: two different caches were given.
+    """
+    if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+        warnings.warn(
+            "`past_key_values` is deprecated since transformers 5.24. Use `cache`.", FutureWarning, stacklevel=4
+        )
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError(
+            "past_key_values and cache are two names for one thing, and both were given. Pass one of them."
+        )
+    return cache if past_key_values is None else past_key_values
 
 
 def is_row_mask(mask) -> bool:

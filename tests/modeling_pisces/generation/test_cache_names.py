@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modeling_pisces.conversations_pisces import normalize_conversations
-from modeling_pisces.outputs_pisces import CACHE_NAME, one_cache
+from modeling_pisces.placeholders_pisces import CACHE_NAME, one_cache
 from tests.fixtures import make_model
 
 

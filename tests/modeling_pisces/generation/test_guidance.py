@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
 
-from modeling_pisces.outputs_pisces import CACHE_NAME
+from modeling_pisces.placeholders_pisces import CACHE_NAME
 from tests.fixtures import make_model
 from tests.modeling_pisces.generation.test_generation import (
     BOS,

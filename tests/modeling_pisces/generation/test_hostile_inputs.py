@@ -5,7 +5,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache
 
-from modeling_pisces.outputs_pisces import CACHE_NAME
+from modeling_pisces.placeholders_pisces import CACHE_NAME
 from tests.fixtures import make_config, make_model
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaProcessor
 
 from modeling_pisces import PiscesProcessor
-from modeling_pisces.outputs_pisces import PiscesGenerateOutput
+from modeling_pisces.generation_pisces import PiscesGenerateOutput
 from tests.fixtures import make_model, make_processor, make_tokenizer
 
 
