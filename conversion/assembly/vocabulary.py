@@ -2,7 +2,7 @@
 
 Llama 3.x keeps reserved special tokens for this purpose: four of them are renamed, and neither embedding nor head
 changes. Other tokenizers get new tokens at the end. `assemble` calls `prepare_tokenizer`; the rows that new tokens
-need are made in `new_tensors.py`.
+need are made in `plan.py`.
 """
 
 import json

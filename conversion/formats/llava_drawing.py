@@ -10,9 +10,9 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from conversion.assembly.new_tensors import new_module_tensors
 from conversion.assembly.part_keys import expected_tensors, match_tower
 from conversion.assembly.parts import Part, open_part
+from conversion.assembly.plan import new_module_tensors
 from conversion.assembly.vocabulary import PISCES_TOKENS
 from conversion.storage.tensors import DTYPE_NAMES, PlannedTensor
 from modeling_pisces import PiscesConfig
