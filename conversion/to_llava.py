@@ -2,7 +2,7 @@
 
 `python -m conversion.to_llava --checkpoint PISCES --output FOLDER`. Tensors are copied byte by byte under the names of
 the Hub's LLaVA checkpoints; the generation side is left out. What LLaVA cannot say is refused by name, or said in
-other words if asked (`llava_final_norm.py`). The processor is LLaVA's, with this checkpoint's image processor,
+other words if asked (`formats/llava.py`). The processor is LLaVA's, with this checkpoint's image processor,
 tokenizer and chat template. Names and settings are translated in `llava_keys.py`.
 """
 
@@ -16,6 +16,7 @@ from transformers import AutoProcessor, GenerationConfig, LlavaConfig, LlavaProc
 
 from conversion.formats.llava import (
     TOWERS_OF_LLAVA,
+    add_norm_layer,
     check_pisces_config,
     check_tensors,
     config_to_llava,
@@ -24,7 +25,6 @@ from conversion.formats.llava import (
     table_to_llava,
     tower_type,
 )
-from conversion.formats.llava_final_norm import add_norm_layer
 from conversion.storage.carried_files import copy_generation_config
 from conversion.storage.command import make_parser, run_command
 from conversion.storage.output_folder import check_output, new_folder
