@@ -24,9 +24,8 @@ from conversion.formats.llava import (
     rename_all,
 )
 from conversion.formats.llava_drawing import GenerationSide, add_drawing_tokens, open_image_processor, plan_generation
-from conversion.storage.carried_files import copy_generation_config
 from conversion.storage.command import make_parser, run_command
-from conversion.storage.output_folder import check_output, new_folder
+from conversion.storage.output_folder import check_output, copy_generation_config, new_folder
 from conversion.storage.tensors import DTYPES, PlannedTensor
 from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor

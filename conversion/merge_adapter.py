@@ -16,9 +16,8 @@ import torch
 from tqdm import tqdm
 
 from conversion.checks.probe import draw_vectors, largest_difference, make_probe, predict_vectors, text_logits
-from conversion.storage.carried_files import carry_files, carry_provenance
 from conversion.storage.command import make_parser, run_command
-from conversion.storage.output_folder import check_output, new_folder
+from conversion.storage.output_folder import carry_files, carry_provenance, check_output, new_folder
 from conversion.storage.tensors import DTYPES, PlannedTensor, SourceTensor, index_tensors
 from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration

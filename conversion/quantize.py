@@ -18,9 +18,8 @@ import torch
 from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig, TorchAoConfig
 
 from conversion.checks.probe import largest_difference, make_probe, text_logits
-from conversion.storage.carried_files import carry_files, carry_provenance
 from conversion.storage.command import make_parser, run_command
-from conversion.storage.output_folder import check_output, new_folder
+from conversion.storage.output_folder import carry_files, carry_provenance, check_output, new_folder
 from modeling_pisces import PISCES_QUANT_SKIP_MODULES
 from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint, read_json
 

@@ -25,9 +25,8 @@ from conversion.formats.llava import (
     table_to_llava,
     tower_type,
 )
-from conversion.storage.carried_files import copy_generation_config
 from conversion.storage.command import make_parser, run_command
-from conversion.storage.output_folder import check_output, new_folder
+from conversion.storage.output_folder import check_output, copy_generation_config, new_folder
 from conversion.storage.tensors import PlannedTensor, index_tensors
 from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor

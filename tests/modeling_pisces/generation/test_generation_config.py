@@ -102,7 +102,7 @@ def test_an_export_carries_no_flag_and_every_value(flagged, kind, tmp_path):
 
 
 def test_what_merging_and_quantizing_carry_along_has_no_flag_and_every_value(flagged, tmp_path):
-    from conversion.storage.carried_files import carry_files
+    from conversion.storage.output_folder import carry_files
 
     carry_files(flagged, tmp_path / "carried")
     settings = read_settings(tmp_path / "carried")
