@@ -15,8 +15,7 @@ from transformers import set_seed
 from finetune.flags.parsing import run_command
 from finetune.guard.guard import add_guard
 from finetune.guard.rows import load_guard_rows
-from finetune.preferences.batches import PairCollator
-from finetune.preferences.pairs import load_pairs
+from finetune.preferences.pairs import PairCollator, load_pairs
 from finetune.preferences.vector_dpo import PiscesVectorDPOConfig, PiscesVectorDPOTrainer
 from finetune.training.adapters import add_adapter
 from finetune.training.checkpoints import last_complete_checkpoint

@@ -17,8 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from finetune.flags.parsing import run_command
 from finetune.guard.guard import add_guard
 from finetune.guard.rows import load_guard_rows
-from finetune.preferences.batches import PairCollator, TextPairCollator
-from finetune.preferences.pairs import load_pairs
+from finetune.preferences.pairs import PairCollator, TextPairCollator, load_pairs
 from finetune.training.adapters import add_adapter
 from finetune.training.checkpoints import last_complete_checkpoint
 from finetune.training.dry_run import print_report

@@ -2,9 +2,13 @@
 
 A pair is `{"id": ..., "prompt": messages, "chosen": [message], "rejected": [message]}`, TRL's conversational form with
 the pictures inside the messages; `docs/preferences.md` shows how it may stand in a file. `load_pairs` reads files and
-tables with the same readers, the same rules for pictures and the same count of bad records as `data_loaders` does for
-ordinary rows; making batches of pairs is left to `preference_batches`.
+tables with the same readers, the same rules for pictures and the same count of bad records as `finetune.data.load`
+does for ordinary rows. Conversations become tokens as in every other recipe, by `PiscesDataCollator`; the collators at
+the end of this file give one batch per answer, or both in the form that TRL reads, and only the answers keep their
+labels.
 """
+
+# P pairs, B rows, T tokens
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,9 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset, Subset
 from transformers.utils import logging
 
+from finetune.data.collator import PiscesDataCollator
 from finetune.data.load import resolve_format
 from finetune.data.packing import token_lengths
 from finetune.data.pictures import PictureFolder, open_pictures
@@ -39,7 +45,7 @@ def conversation(pair: Pair, answer: str) -> list[dict[str, Any]]:
 
 
 class PairMaker:
-    """Turns the records of one source into pairs; `data_tables.TableRows` and `load_pairs` call it.
+    """Turns the records of one source into pairs; `finetune.data.readers.tables.TableRows` and `load_pairs` call it.
 
     Args:
         spec: its `columns` count here.
@@ -235,3 +241,47 @@ def _load_table(spec: DataSpec, is_parquet: bool) -> PairRows:
         table = table.select(range(min(spec.max_rows, len(table))))
     pairs = TableRows(table, make_pairs, spec.label)  # type: ignore[arg-type]  # called as a RowMaker is
     return PairRows(pairs, spec.label, spec.max_bad_records, bad)
+
+
+# ---- pairs as model inputs ------------------------------------------------------------------------------------------
+
+
+def keep_last_turn(labels: torch.Tensor) -> torch.Tensor:
+    """Labels (B, T) with a target only in each row's last turn: a preference is about that one alone."""
+    is_target = labels != -100
+    ends = is_target & ~torch.nn.functional.pad(is_target[:, 1:], (0, 1))
+    ended_before = ends.flip(-1).cumsum(-1).flip(-1)  # ends of turns from here to the end of the row
+    return labels.masked_fill(ended_before != 1, -100)
+
+
+class PairCollator:
+    """Pairs to two batches of model inputs of the same rows: {"chosen": ..., "rejected": ...}.
+
+    Args:
+        processor: a `PiscesProcessor`.
+    """
+
+    def __init__(self, processor: Any):
+        self.collate = PiscesDataCollator(processor)
+
+    def __call__(self, pairs: list[Pair]) -> dict[str, dict[str, torch.Tensor]]:
+        return {name: self.conversations(pairs, [name]) for name in ("chosen", "rejected")}
+
+    def conversations(self, pairs: list[Pair], answers: list[str]) -> dict[str, torch.Tensor]:
+        """One batch: all pairs with the first answer, then all with the next; labels on the answers alone."""
+        batch = self.collate([{"messages": conversation(pair, answer)} for answer in answers for pair in pairs])
+        batch["labels"] = keep_last_turn(batch["labels"])
+        return batch
+
+
+class TextPairCollator(PairCollator):
+    """Pairs to the batch that TRL's `DPOTrainer` takes: chosen rows, then rejected rows, and a `completion_mask`.
+
+    TRL's own collator for pictures tokenizes prompts and answers apart, and answers as text without pictures; this one
+    writes conversations as training and `generate` do. Where both can, they give the same tokens.
+    """
+
+    def __call__(self, pairs: list[Pair]) -> dict[str, torch.Tensor]:
+        batch = self.conversations(pairs, ["chosen", "rejected"])
+        batch["completion_mask"] = (batch.pop("labels") != -100).long()
+        return batch

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from finetune.preferences.batches import PairCollator
+from finetune.preferences.pairs import PairCollator
 from finetune.training.sft_config import PiscesSFTConfig
 from finetune.training.sft_trainer import PiscesSFTTrainer
 

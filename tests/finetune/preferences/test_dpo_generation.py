@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMultimodalLM
 
 from finetune.dpo_generation import main
-from finetune.preferences.batches import PairCollator
+from finetune.preferences.pairs import PairCollator
 from finetune.preferences.vector_dpo import PiscesVectorDPOConfig, PiscesVectorDPOTrainer
 from tests.finetune.lora_fixtures import ListRows, make_adapted, make_picture, save_checkpoint
 from tests.finetune.preferences.preference_fixtures import (

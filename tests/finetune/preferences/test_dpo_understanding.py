@@ -13,8 +13,7 @@ from transformers import AutoModelForMultimodalLM
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from finetune.dpo_understanding import PiscesDPOConfig, PiscesDPOTrainer, main
-from finetune.preferences.batches import TextPairCollator
-from finetune.preferences.pairs import load_pairs
+from finetune.preferences.pairs import TextPairCollator, load_pairs
 from tests.finetune.lora_fixtures import (
     ListRows,
     make_adapted,
