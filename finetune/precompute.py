@@ -16,8 +16,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
 from finetune.data.load import load_data
-from finetune.data.picture_cache import PictureCache, UnopenedRows
-from finetune.data.picture_keys import KINDS, fingerprint, picture_key, tower_of
+from finetune.data.picture_cache import KINDS, PictureCache, UnopenedRows, fingerprint, picture_key, tower_of
 from finetune.data.schema import iter_pictures
 from finetune.flags.parsing import parse_flags_of, run_command
 from finetune.flags.ranges import check_ranges

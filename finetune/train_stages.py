@@ -20,8 +20,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, TrainingArgume
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
 from finetune.data.collator import PiscesDataCollator
-from finetune.data.picture_cache import PictureCache
-from finetune.data.picture_keys import fingerprint
+from finetune.data.picture_cache import PictureCache, fingerprint
 from finetune.flags.parsing import parse_flags_of, run_command
 from finetune.parts.trainer import CurveCallback, RunArguments, WeightAverage, WholeCheckpoints, write_results
 from finetune.precompute import precompute

@@ -20,8 +20,7 @@ import modeling_pisces  # noqa: F401  registers the Auto classes
 from finetune.data.collator import PiscesDataCollator
 from finetune.data.load import load_data
 from finetune.data.packing import PackedRows, PackedStream, PackingCollator, token_lengths
-from finetune.data.picture_cache import CachedPictureCollator, PictureCache, UnopenedRows, open_cache
-from finetune.data.picture_keys import KINDS
+from finetune.data.picture_cache import KINDS, CachedPictureCollator, PictureCache, UnopenedRows, open_cache
 from finetune.data.schema import side_of
 from finetune.flags.parsing import parse_classes
 from finetune.guard.rows import GuardArguments

@@ -1,4 +1,4 @@
-"""Claims about `finetune.precompute`, `picture_cache` and `picture_keys`: training from the cache is training from pixels."""
+"""Claims about `finetune.precompute` and `picture_cache`: training from the cache is training from pixels."""
 
 import json
 import os
@@ -21,8 +21,14 @@ from finetune.data import picture_cache
 from finetune.data.collator import PiscesDataCollator
 from finetune.data.load import load_data
 from finetune.data.packing import PackedRows, PackingCollator, token_lengths
-from finetune.data.picture_cache import CachedPictureCollator, PictureCache, UnopenedRows, open_cache
-from finetune.data.picture_keys import KINDS, picture_key
+from finetune.data.picture_cache import (
+    KINDS,
+    CachedPictureCollator,
+    PictureCache,
+    UnopenedRows,
+    open_cache,
+    picture_key,
+)
 from finetune.precompute import pictures_of
 from tests.fixtures import make_model, make_processor
 
