@@ -27,6 +27,7 @@ from conversion.storage.command import make_parser, run_command
 from conversion.storage.output_folder import check_output, new_folder
 from conversion.storage.write import write_shards
 from modeling_pisces.checkpoint.files import check_checkpoint, read_json
+from modeling_pisces.modeling_pisces_heads import GEN_HEADS
 from pisces_commands.arguments import COUNT, SEED, whole_number
 
 
@@ -132,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--gen_pool_stride", type=COUNT, default=4, help="patches averaged per side into one drawn vector"
     )
-    parser.add_argument("--gen_head_type", choices=("mlp", "linear", "flow"), default="mlp", help="mlp is the paper's")
+    parser.add_argument("--gen_head_type", choices=tuple(GEN_HEADS), default="mlp", help="mlp is the paper's")
     parser.add_argument(
         "--vision_feature_layer",
         type=whole_number(-1000, 1000),

@@ -30,6 +30,7 @@ from conversion.storage.tensors import DTYPES, PlannedTensor
 from conversion.storage.write import write_shards
 from modeling_pisces import PiscesConfig, PiscesProcessor
 from modeling_pisces.configuration_pisces import own_generation_config
+from modeling_pisces.modeling_pisces_heads import GEN_HEADS
 from pisces_commands.arguments import COUNT, SEED
 
 
@@ -194,7 +195,7 @@ def make_arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gen_pool_stride", type=COUNT, default=4, help="patches averaged per side into one drawn vector"
     )
-    parser.add_argument("--gen_head_type", choices=("mlp", "linear", "flow"), default="mlp", help="mlp is the paper's")
+    parser.add_argument("--gen_head_type", choices=tuple(GEN_HEADS), default="mlp", help="mlp is the paper's")
     parser.add_argument("--seed", type=SEED, default=0, help="of the new projector and head")
     parser.add_argument("--allow_pickle", action="store_true", help="read .bin weights, with weights_only=True")
     return parser

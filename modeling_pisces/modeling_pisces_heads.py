@@ -1,7 +1,8 @@
 """The small networks around the language model: two projectors in, one generation head out.
 
-A head answers two questions and nobody else needs to know which head it is: `loss_per_vector(hidden, targets)` in
-training and `sample(hidden, noise)` when drawing. `modeling_pisces.py` owns the instances.
+A head answers two questions, `loss_per_vector(hidden, targets)` in training and `sample(hidden, noise)` when drawing,
+and says whether it draws by chance: `is_stochastic`. Nobody else needs to know which head it is. A new one is a row of
+`GEN_HEADS` and a name in `PiscesConfig.gen_head_type`. `modeling_pisces.py` owns the instances.
 """
 
 # n vectors in a flat batch, D width of the language model, Dg width of a generated vector, K noise draws per vector
@@ -182,9 +183,17 @@ class PiscesFlowHead(nn.Module):
         return vector
 
 
+# by `gen_head_type`; the commands offer these names as choices
+GEN_HEADS: dict[str, type[PiscesRegressionHead] | type[PiscesFlowHead]] = {
+    "mlp": PiscesRegressionHead,
+    "linear": PiscesRegressionHead,
+    "flow": PiscesFlowHead,
+}
+
+
 def build_gen_head(config: PiscesConfig) -> nn.Module:
     """The generation head that `config.gen_head_type` names."""
-    return PiscesFlowHead(config) if config.gen_head_type == "flow" else PiscesRegressionHead(config)
+    return GEN_HEADS[config.gen_head_type](config)
 
 
-__all__ = ["PiscesFlowHead", "PiscesProjector", "PiscesRegressionHead", "build_gen_head"]
+__all__ = ["GEN_HEADS", "PiscesFlowHead", "PiscesProjector", "PiscesRegressionHead", "build_gen_head"]

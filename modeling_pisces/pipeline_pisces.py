@@ -473,7 +473,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         generator = check_generators(generator, len(prompts) * num_images_per_prompt, self._execution_device)
         vector_kwargs = check_vector_options(vector_kwargs)
         model, _ = self._require_language_model("draw from a prompt")
-        is_random = model.config.gen_head_type == "flow"  # the other heads return the same vectors every time
+        is_random = model.model.gen_head.is_stochastic  # the others return the same vectors every time
         if is_random:
             prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
             if generator is not None:
@@ -512,7 +512,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         if negative is None:
             return torch.zeros_like(vectors)
         if isinstance(negative, list):
-            if self.vision_language_model.config.gen_head_type == "flow":
+            if self.vision_language_model.model.gen_head.is_stochastic:
                 # without noise: the counterpart of what a regression head answers, and free of any picture's generator
                 vector_kwargs = {**vector_kwargs, "image_temperature": 0.0}
             encoded = self.encode_prompt(negative, **vector_kwargs)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from packaging.requirements import Requirement
@@ -233,6 +234,19 @@ def test_files_are_written_in_one_place():
             if (name := path.relative_to(ROOT).as_posix()) not in inside:
                 found = writing.findall(path.read_text(encoding="utf-8"))
                 assert not found, f"{name} writes with {found}: take pisces_commands.writing"
+
+
+def test_a_head_is_asked_what_it_does_and_its_names_stand_in_one_table():
+    from modeling_pisces import PiscesConfig
+    from modeling_pisces.modeling_pisces_heads import GEN_HEADS
+
+    assert set(GEN_HEADS) == set(get_args(get_type_hints(PiscesConfig)["gen_head_type"]))
+    own = {PACKAGE / "modeling_pisces_heads.py", PACKAGE / "configuration_pisces.py"}
+    asks = re.compile(r"gen_head_type\b[^=\n]{0,3}(?:==|!=|\bin\b)|\"mlp\", \"linear\"")
+    for room in ROOMS:
+        for path in set(python_files(room)) - own:
+            found = asks.findall(path.read_text(encoding="utf-8"))
+            assert not found, f"{path.relative_to(ROOT)}: {found}; ask gen_head.is_stochastic, offer GEN_HEADS"
 
 
 def test_nothing_imports_torchvision():

@@ -27,7 +27,7 @@ class GenerationSide:
         tower: folder or Hub id of a generation tower.
         revision: its commit on the Hub.
         pool_stride: patches averaged per side into one drawn vector.
-        head_type: "mlp" (the paper's), "linear" or "flow".
+        head_type: "mlp" (the paper's), or another of `GEN_HEADS`.
         seed: of the new projector and head.
     """
 

@@ -205,7 +205,7 @@ def describe_settings(pipeline) -> str:
     """How a call of this pipeline draws when it names nothing."""
     config, generation = pipeline.config, pipeline.vision_language_model.generation_config
     words = [f"{config.default_num_inference_steps} steps", f"guidance {config.default_guidance_scale}"]
-    if pipeline.vision_language_model.config.gen_head_type == "flow":  # the others do not sample
+    if pipeline.vision_language_model.model.gen_head.is_stochastic:
         words.append(f"image temperature {getattr(generation, 'image_temperature', 1.0)}")
     return ", ".join(words)
 

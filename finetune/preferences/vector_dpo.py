@@ -113,17 +113,18 @@ class PiscesVectorDPOTrainer(PiscesSFTTrainer):
     def __init__(self, model, args, train_dataset, eval_dataset=None, processing_class=None, data_collator=None, **kw):
         collator = data_collator or PairCollator(processing_class)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, collator, **kw)
-        config = self.model.config
-        if config.gen_head_type == "flow" and args.sigma is not None:
+        config, is_stochastic = self.model.config, self.model.get_base_model().model.gen_head.is_stochastic
+        if is_stochastic and args.sigma is not None:
             raise ValueError(
-                f"--sigma {args.sigma} means nothing to a flow head, whose noise has spread 1. Leave it out."
+                f"--sigma {args.sigma} means nothing to a {config.gen_head_type} head, whose noise has spread 1. Leave "
+                "it out."
             )
         if config.gen_loss_type != "mse":
             raise ValueError(
                 f"the checkpoint's gen_loss_type is {config.gen_loss_type!r}, expected 'mse': without a squared error "
                 "a vector has no likelihood to prefer. Train its head with 'mse' first."
             )
-        if config.gen_head_type != "flow" and args.sigma is None:
+        if not is_stochastic and args.sigma is None:
             args.sigma = self.measure_sigma()
         self.reward_scale = args.beta * config.gen_vector_size / (2 * (args.sigma or 1.0) ** 2)
 

@@ -26,6 +26,7 @@ from finetune.parts.whitening import whiten_output
 from finetune.tiny.stages import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
 from modeling_pisces.configuration_pisces import read_generation_config
+from modeling_pisces.modeling_pisces_heads import GEN_HEADS
 from pisces_commands.arguments import COUNT, SEED, LineParser, whole_number
 from pisces_commands.writing import whole_files, write_json
 
@@ -234,7 +235,7 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
     from modeling_pisces.pipeline_pisces import PiscesPipeline
 
     settings = read_generation_config(checkpoint)
-    if PiscesConfig.from_pretrained(checkpoint).gen_head_type == "flow":  # the others do not sample
+    if GEN_HEADS[PiscesConfig.from_pretrained(checkpoint).gen_head_type].is_stochastic:
         settings.image_temperature = IMAGE_TEMPERATURE
     pipeline = PiscesPipeline(
         unet=UNet2DConditionModel.from_pretrained(decoder / "unet"),
@@ -263,7 +264,7 @@ def main() -> None:
     first = commands.add_parser("assemble", help="towers and tokenizer to a checkpoint that stage 1 starts from")
     for name in ("data", "vision_tower", "gen_vision_tower", "output"):
         first.add_argument(f"--{name}", type=Path, required=True)
-    first.add_argument("--gen_head_type", choices=("mlp", "linear", "flow"), default="flow")
+    first.add_argument("--gen_head_type", choices=tuple(GEN_HEADS), default="flow")
     first.add_argument("--gen_loss_type", choices=("mse", "cosine"), default="mse", help="loss of a regression head")
     first.add_argument("--gen_pool_stride", type=COUNT, default=2, help="patches per side of a generated vector")
     first.add_argument("--whiten", action="store_true", help="fold mean and deviation of the vectors into the tower")
