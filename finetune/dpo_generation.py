@@ -52,14 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> PiscesVectorDPOTrainer | Non
         return None
 
     # train
-    trainer = PiscesVectorDPOTrainer(
-        model=model,
-        args=training,
-        train_dataset=rows.dataset,
-        eval_dataset=eval_rows and eval_rows.dataset,
-        processing_class=processor,
-        data_collator=collator,
-    )
+    eval_set = eval_rows and eval_rows.dataset
+    trainer = PiscesVectorDPOTrainer(model, training, rows.dataset, eval_set, processor, collator)
     add_guard(trainer, guard_rows, recipe, adapter, SIDES)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(training.output_dir) if recipe.resume else None)
 

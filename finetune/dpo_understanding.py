@@ -83,13 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> PiscesDPOTrainer | None:
         return None
 
     # train
-    trainer = PiscesDPOTrainer(
-        model=model,
-        args=training,
-        train_dataset=rows.dataset,
-        eval_dataset=eval_rows and eval_rows.dataset,
-        processing_class=processor,
-    )
+    eval_set = eval_rows and eval_rows.dataset
+    trainer = PiscesDPOTrainer(model, training, rows.dataset, eval_set, processor)
     add_guard(trainer, guard_rows, recipe, adapter, SIDES)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(training.output_dir) if recipe.resume else None)
 

@@ -116,8 +116,8 @@ class PiscesVectorDPOTrainer(PiscesSFTTrainer):
         config, is_stochastic = self.model.config, self.model.get_base_model().model.gen_head.is_stochastic
         if is_stochastic and args.sigma is not None:
             raise ValueError(
-                f"--sigma {args.sigma} means nothing to a {config.gen_head_type} head, whose noise has spread 1. Leave "
-                "it out."
+                f"--sigma {args.sigma} means nothing to a {config.gen_head_type} head, whose noise has spread 1. "
+                "Leave it out."
             )
         if config.gen_loss_type != "mse":
             raise ValueError(

@@ -1,13 +1,13 @@
-"""What the LoRA recipes share: their flags, loading a checkpoint and rows, and ending a command with one line.
+"""What the recipes share: their flags, loading a checkpoint, and rows of the right length.
 
 A recipe (`lora_understanding`, `lora_generation`, `lora_joint`) is the main line from flags to adapter; here are its
-steps. Where the adapter goes is decided in `adapters`, the loop is in `sft_trainer`, what a run leaves behind in
-`run_folder`, the preflight in `dry_run`.
+first steps. The data of a run is put together in `prepare`, where the adapter goes is decided in `adapters`, the loop
+is in `sft_trainer`, what a run leaves behind in `run_folder`, the preflight in `dry_run`.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,9 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import logging
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
-from finetune.data.collator import PiscesDataCollator
 from finetune.data.load import load_data
-from finetune.data.packing import PackedRows, PackedStream, PackingCollator, token_lengths
-from finetune.data.picture_cache import KINDS, CachedPictureCollator, PictureCache, UnopenedRows, open_cache
+from finetune.data.packing import PackedRows, PackedStream, token_lengths
+from finetune.data.picture_cache import UnopenedRows
 from finetune.data.schema import side_of
 from finetune.flags.parsing import parse_classes
 from finetune.guard.rows import GuardArguments
@@ -140,18 +139,6 @@ def load_checkpoint(settings: AdapterConfig, training: PiscesSFTConfig, draws: b
     return processor, model
 
 
-def open_pictures(recipe: RecipeArguments, model: Any, processor: Any) -> PictureCache | None:
-    """The cache of `--picture_cache` with every kind it holds, checked against the model's towers; None without one.
-
-    Raises:
-        ValueError: the folder holds nothing, or was made by other towers or settings.
-    """
-    if recipe.picture_cache is None:
-        return None
-    kinds = tuple(kind for kind in KINDS if PictureCache(recipe.picture_cache).count(kind))
-    return open_cache(recipe.picture_cache, model, processor, kinds or KINDS)
-
-
 def load_rows(
     data: Any,
     processor: Any,
@@ -223,15 +210,6 @@ class ShortRows(IterableDataset):
                 yield row
             else:
                 logger.warning(f"row {row.get('id')} has {length} tokens, more than {self.limit}; left out.")
-
-
-def make_collator(processor: Any, packed: bool, cache: PictureCache | None = None) -> Callable[[list], dict[str, Any]]:
-    """Rows, or packs of rows, to model inputs; pictures from the cache where there is one."""
-    collator: Callable[[list], dict[str, Any]] = PiscesDataCollator(processor)
-    if cache is not None:
-        kinds = tuple(kind for kind in KINDS if cache.count(kind))
-        collator = CachedPictureCollator(collator, cache, kinds)
-    return PackingCollator(collator, processor.tokenizer.pad_token_id) if packed else collator
 
 
 def check_sides(rows: Rows, expected: set[str], advice: str) -> None:
