@@ -22,7 +22,7 @@ VERSION ?= 5.16.1 5.19.0 5.23.0 5.24.0
 quoted = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples tiny test test-all test-mixins test-newest test-clients test-transformers lmms-eval check format wheel-check clean
+.PHONY: help setup demo examples tiny test test-all test-mixins test-newest test-clients test-transformers lmms-eval docs check format wheel-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -109,6 +109,11 @@ $(LMMS_EVAL)/.installed: pyproject.toml constraints.txt evaluation/lmms_eval_plu
 
 tiny: $(INSTALLED) ## train pisces-tiny from nothing into runs/tiny (hours; stop and repeat at will)
 	@bash finetune/tiny/tiny.sh
+
+docs: $(INSTALLED) ## the documents and the reference as a site, in build/site/index.html
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	@$(BIN)/python docs/build_site.py
+	@echo build/site/index.html
 
 check: $(INSTALLED) ## lint, format and types
 	@$(BIN)/ruff check .
