@@ -11,7 +11,7 @@ like in `docs/data.md`.
 import argparse
 import json
 import sys
-from collections import deque
+from collections import Counter, deque
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +92,7 @@ def check_source(
         deque(rows, maxlen=0)
     else:
         report.lengths = token_lengths(rows, processor)
+    report.unused = Counter(source.unused)
     return report
 
 
@@ -124,10 +125,13 @@ def check(args: argparse.Namespace) -> int:
         else SourceReport(spec.label, bad_records=bad_records)
         for spec, (source, bad_records) in zip(specs, opened, strict=True)
     ]
-    if args.sheet:
-        write_sheet(reports, args.sheet)
     print_reports(reports, mixture_shares(specs, [source for source, _ in opened]), args.json)
-    return judge(reports)
+    code = judge(reports)
+    if args.sheet and (code == EXIT_OK or any(report.previews for report in reports)):
+        write_sheet(reports, args.sheet)
+    elif args.sheet:
+        print(f"check_data: {args.sheet} was not written: no record can be shown", file=sys.stderr)
+    return code
 
 
 def mixture_shares(specs: list[DataSpec], sources: list[Any]) -> dict[str, dict[str, Any]]:

@@ -171,7 +171,7 @@ def _load_records(spec: DataSpec, found_format: str) -> SourceRows:
         raise DataError(f"{spec.label}: image_folder: no folder {spec.image_folder!r}. Check the path.")
     make_rows = RowMaker(spec, PictureFolder(folder, spec.allow_outside_paths, spec.allow_urls))
     rows, bad = _check_records(islice(records, spec.max_rows), make_rows, spec.label)
-    return SourceRows(rows, spec.label, spec.max_bad_records, bad)
+    return SourceRows(rows, spec.label, spec.max_bad_records, bad, make_rows.unused)
 
 
 def _check_records(records: Iterator[Record], make_rows: RowMaker, name: str) -> tuple[CompactRows, list[BadRecord]]:
@@ -209,7 +209,8 @@ def _load_table(spec: DataSpec, is_parquet: bool, seed: int) -> SourceRows | Str
         return _stream(spec, shards, make_rows, seed)
     if spec.max_rows is not None:
         table = table.select(range(min(spec.max_rows, len(table))))
-    return SourceRows(TableRows(table, make_rows, spec.label), spec.label, spec.max_bad_records, bad)
+    store = TableRows(table, make_rows, spec.label)
+    return SourceRows(store, spec.label, spec.max_bad_records, bad, make_rows.unused)
 
 
 def _stream(spec: DataSpec, shards: list, make_rows: RowMaker, seed: int) -> StreamedRows:

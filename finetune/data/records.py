@@ -1,28 +1,79 @@
 """A record of any known shape to rows of the schema.
 
-What a record is shows in its fields: "messages" (the schema itself, or texts with `<image>` tags beside a list of
-pictures), "conversations" (LLaVA, ShareGPT), picture with question and answer, picture with prompt or caption. The
-readers of files, tables and shards all call `RowMaker`; where the record came from is theirs to say.
+What a record is shows in its fields; `SHAPES` lists the sets that are known, the first that fits counts, and what is
+left over is counted (`RowMaker.unused`) or, where it changes what the row means, refused. The readers of files, tables
+and shards all call `RowMaker`; where the record came from is theirs to say. Turns of other formats are in `turns`,
+pictures find their places in `places`.
 """
 
 import re
-from collections.abc import Iterator
+from collections import Counter
 from typing import Any
 
 from finetune.data.pictures import PictureFolder
-from finetune.data.schema import OTHER_ROLES, DataError, Row, check_row, iter_pictures, show
+from finetune.data.places import NUMBERED_FIELD, place_pictures, strip_tags
+from finetune.data.schema import DataError, Row, check_row, iter_pictures, show
 from finetune.data.spec import DataSpec
+from finetune.data.turns import (
+    Messages,
+    check_keys,
+    exchange,
+    from_completion,
+    from_conversations,
+    from_texts,
+    text_part,
+    with_system,
+)
+from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES
 
 
-IMAGE_TAG = "<image>"
 # Our name of a field, and what it is often called; the first one present counts.
 ALIASES = {
     "image": ("image", "images", "file_name"),
-    "prompt": ("prompt", "caption", "text"),
+    "prompt": ("prompt", "caption", "captions", "text"),
     "question": ("question",),
-    "answer": ("answer",),
+    "answer": ("answer", "multiple_choice_answer", "answers"),
+    "completion": ("completion",),
+    "instruction": ("instruction",),
+    "input": ("input", "context"),
+    "output": ("output", "response"),
+    "system": ("system", "system_prompt"),
+    # InstructPix2Pix, its filtered edition, MagicBrush, HQ-Edit
+    "source": ("input_image", "original_image", "source_image", "source_img"),
+    "edit": ("edit_prompt", "edit_instruction", "instruction", "edit"),
+    "target": ("edited_image", "target_image", "target_img", "output_image"),
 }
-SHAPES = "messages; conversations; image, question and answer; image and prompt (or caption)"
+# Shape -> the fields that show it, in the order of precedence
+FIELDS_OF = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "texts": ("texts",),
+    "edit": ("source", "edit", "target"),
+    "completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "question": ("question", "answer"),
+    "pair": ("image", "prompt"),
+}
+SHAPES = (
+    "messages; conversations; texts; image, question and answer; image and prompt (or caption); prompt and "
+    "completion; instruction and output; input_image, edit_prompt and edited_image"
+)
+# Fields that change what a row means, with what to do about them. Where a shape reads one, it is not looked up here.
+MEANINGFUL = {
+    "options": "Write the choices into the question",
+    "choices": "Write the choices into the question",
+    "context": "Write it into the question",
+    "hint": "Write it into the question",
+    "history": "Write the earlier turns as messages",
+    "tools": "Tools cannot be learned here; leave the row out",
+    "functions": "Tools cannot be learned here; leave the row out",
+    "video": "Pictures only: leave the row out",
+    "videos": "Pictures only: leave the row out",
+    "audio": "Pictures only: leave the row out",
+    "audios": "Pictures only: leave the row out",
+}
+_NO_CAPTION = ("messages", "conversations", "texts", "question", "completion", "instruction")
+PICTURE_NAME = re.compile(r"image|img|pic|photo|bild|file|path|url", re.IGNORECASE)
 
 
 class RowMaker:
@@ -31,26 +82,33 @@ class RowMaker:
     Args:
         spec: its `columns`, `side` and `request` count here.
         pictures: where its pictures are.
+
+    Attributes:
+        unused: how many records had a field (or words) that no row of theirs holds, by name.
     """
 
     def __init__(self, spec: DataSpec, pictures: PictureFolder):
         self.spec = spec
         self.pictures = pictures
+        self.unused: Counter[str] = Counter()
 
     def __call__(self, record: Any, default_id: str) -> list[Row]:
-        """The rows of one record, checked, their pictures located: one, or two for `side: both`.
+        """The rows of one record, checked, their pictures located: one, or several for `side: both` and for several
+        captions.
 
         Raises:
             DataError: naming the field, what was found and what was expected.
         """
         if not isinstance(record, dict):
             raise DataError(f"found {show(record)}, expected an object with fields")
-        record = self._rename({key: value for key, value in record.items() if value is not None})
-        default_id = str(record.get("id", default_id))
-        rows = [check_row({"id": default_id, **row}) for row in self._conversations(record, default_id)]
+        fields = _Fields(self._rename({key: value for key, value in record.items() if value is not None}))
+        default_id = str(fields.record.get("id", default_id))
+        unused: Counter[str] = Counter()
+        rows = [check_row({"id": default_id, **row}) for row in self._rows(fields, default_id, unused)]
         for row in rows:
             for index, (_, part) in enumerate(iter_pictures(row)):
                 part["image"] = self.pictures.locate(part["image"], f"picture {index}")
+        self.unused.update({*unused, *fields.left_over()})
         return rows
 
     def check_columns(self, names: list[str]) -> None:
@@ -62,9 +120,14 @@ class RowMaker:
         _shape_of(self._rename(dict.fromkeys(names, "")))
 
     def num_rows_per_record(self, names: list[str]) -> int:
-        """2 where a table's records train both sides, otherwise 1."""
+        """2 where a table's records train both sides, otherwise 1; a list of captions makes so many for each."""
         is_pair = _shape_of(self._rename(dict.fromkeys(names, ""))) == "pair"
         return 2 if is_pair and self.spec.side == "both" else 1
+
+    def caption_column(self, names: list[str]) -> str | None:
+        """The column of a table that may hold several captions in a row; None if its records are no pairs."""
+        record = self._rename({name: name for name in names})
+        return record[_name_in(record, "prompt")] if _shape_of(record) == "pair" else None
 
     def _rename(self, record: dict[str, Any]) -> dict[str, Any]:
         for theirs in self.spec.columns.values():
@@ -73,129 +136,202 @@ class RowMaker:
         renamed = {ours: record[theirs] for ours, theirs in self.spec.columns.items()}
         return {key: record[key] for key in record if key not in self.spec.columns.values()} | renamed
 
-    def _conversations(self, record: dict[str, Any], row_id: str) -> list[Row]:
-        shape = _shape_of(record)
+    def _rows(self, fields: "_Fields", row_id: str, unused: Counter) -> list[Row]:
+        shape = _shape_of(fields.record)
         if self.spec.side != "auto" and shape != "pair":
             raise DataError(f"side: {self.spec.side} is for pictures with captions; these records say it themselves")
-        if shape == "messages":
-            others = {key: value for key, value in record.items() if key not in ALIASES["image"]}
-            return [{**others, "messages": _fill_messages(record["messages"], _pictures_of(record))}]
-        if shape == "conversations":
-            return [{"messages": _from_llava(record["conversations"], _pictures_of(record))}]
-        if shape == "question":
-            shown = _image_parts(_pictures_of(record))
-            return [{"messages": _exchange([*shown, _text(record, "question")], [_text(record, "answer")])}]
-        return self._from_pair(record, row_id)
+        if shape == "pair":
+            rows = self._pairs(fields, row_id)
+            fields.refuse_meaningful()
+            return rows
+        messages = _messages_of(fields, shape, unused)
+        if (system := fields.take("system")) is not None:
+            messages = with_system(messages, system)
+        fields.refuse_meaningful()
+        others = {}
+        if shape == "messages":  # a reference answer, or what a preference needs, travels with the row
+            others = {key: value for key, value in fields.record.items() if key not in fields.used}
+        return [{**others, "messages": messages}]
 
-    def _from_pair(self, record: dict[str, Any], row_id: str) -> list[Row]:
-        """A picture with a caption: drawn from it, described by it, or both."""
-        caption, parts = _text(record, "prompt"), _image_parts(_pictures_of(record))
-        request = {"type": "text", "text": self.spec.request}
-        draw, describe = _exchange([caption], parts), _exchange([*parts, request], [caption])
+    def _pairs(self, fields: "_Fields", row_id: str) -> list[Row]:
+        """A picture with its captions: drawn from them, described by them, or both."""
+        pictures = fields.pictures()
+        shown = _image_parts(pictures)
+        if not shown:
+            raise DataError("image: found nothing, expected a picture for the caption")
+        captions = _captions(fields.take("prompt"), len(shown))
+        rows = []
+        for index, caption in enumerate(captions):
+            name = f"{row_id}-{index}" if len(captions) > 1 else row_id
+            rows += self._pair(text_part(caption), shown, name)
+        return rows
+
+    def _pair(self, caption: dict[str, str], shown: list[dict], row_id: str) -> list[Row]:
+        draw = exchange([caption], [dict(part) for part in shown])
+        describe = exchange([*(dict(part) for part in shown), text_part(self.spec.request)], [caption])
         if self.spec.side == "both":
             return [
                 {"id": f"{row_id}-understanding", "messages": describe},
                 {"id": f"{row_id}-generation", "messages": draw},
             ]
-        return [{"messages": describe if self.spec.side == "understanding" else draw}]
+        return [{"id": row_id, "messages": describe if self.spec.side == "understanding" else draw}]
+
+
+class _Fields:
+    """The fields of a record, and which of them were taken."""
+
+    def __init__(self, record: dict[str, Any]):
+        self.record = record
+        self.used = {"id"}
+
+    def take(self, name: str) -> Any:
+        """The value under the first of a field's names that is there; None if none is."""
+        found = _name_in(self.record, name)
+        if found is None:
+            return None
+        self.used.add(found)
+        return self.record[found]
+
+    def pictures(self) -> dict[int, Any]:
+        """The record's own pictures by their numbers from 1; an empty text is no picture.
+
+        Raises:
+            DataError: numbered fields beside others.
+        """
+        numbered = {int(found[1]): key for key in self.record if (found := NUMBERED_FIELD.fullmatch(str(key)))}
+        plain = self.take("image")
+        if plain in ("", [], ()):
+            plain = None
+        if numbered and plain is not None:
+            raise DataError(f"found pictures under image and {numbered[min(numbered)]}, expected one of both")
+        if numbered:
+            self.used |= set(numbered.values())
+            return {number: self.record[key] for number, key in sorted(numbered.items())}
+        if plain is None:
+            return {}
+        return dict(enumerate(plain if isinstance(plain, (list, tuple)) else [plain], start=1))
+
+    def refuse_meaningful(self) -> None:
+        """Refuse what no shape has read and what changes the meaning of the row.
+
+        Raises:
+            DataError: naming the field and what to do about it.
+        """
+        for name, advice in MEANINGFUL.items():
+            value = self.record.get(name)
+            if name not in self.used and value not in (None, "", [], {}, "[]"):
+                raise DataError(
+                    f"{name}: found {show(value)}, which is not read and changes what the row means. {advice}"
+                )
+
+    def left_over(self) -> list[str]:
+        return [str(key) for key, value in self.record.items() if key not in self.used and value not in ("", [], {})]
+
+
+def _name_in(record: dict[str, Any], name: str) -> str | None:
+    aliases = ALIASES[name]
+    if name == "image" and not any(key in record for key in (*aliases, *_NO_CAPTION)):
+        aliases = ("url", "image_url")  # a caption's picture; anywhere else they say where something came from
+    return next((alias for alias in aliases if alias in record), None)
 
 
 def _names(record: dict[str, Any]) -> str:
     return f"fields {', '.join(map(str, record))}" if record else "no fields"
 
 
-def _find(record: dict[str, Any], name: str) -> Any:
-    return next((record[alias] for alias in ALIASES[name] if alias in record), None)
-
-
 def _shape_of(record: dict[str, Any]) -> str:
-    for shape in ("messages", "conversations"):
-        if shape in record:
+    for shape, needed in FIELDS_OF.items():
+        if all((_name_in(record, name) if name in ALIASES else name in record) for name in needed):
             return shape
-    found = {name for name in ALIASES if _find(record, name) is not None}
-    if {"question", "answer"} <= found:
-        return "question"
-    if {"image", "prompt"} <= found:
-        return "pair"
     raise DataError(
         f"found {_names(record)}, expected one of these sets: {SHAPES}. Name other columns in the spec, for example "
-        "columns: {image: picture, prompt: words}"
+        f"columns: {{{_example_columns(record)}}}"
     )
 
 
-def _pictures_of(record: dict[str, Any]) -> list[Any]:
-    found = _find(record, "image")
-    return list(found) if isinstance(found, (list, tuple)) else [] if found is None else [found]
+def _example_columns(record: dict[str, Any]) -> str:
+    """What `columns` could say, made of the names that a record has."""
+    names = [str(name) for name in record if name != "id"]
+    pictures = [name for name in names if _is_picture(record[name]) or PICTURE_NAME.search(name)]
+    words = [name for name in names if name not in pictures and isinstance(record[name], (str, list))]
+    if pictures and words:
+        return f"image: {pictures[0]}, prompt: {words[0]}"
+    if len(words) > 1:
+        return f"prompt: {words[0]}, completion: {words[1]}"
+    return f"image: {(pictures or ['picture'])[0]}, prompt: {(words or ['words'])[0]}"
 
 
-def _text(record: dict[str, Any], name: str) -> dict[str, str]:
-    text = _find(record, name)
+def _is_picture(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "bytes" in value
+    return isinstance(value, bytes) or (isinstance(value, str) and value.lower().endswith(tuple(PICTURE_SUFFIXES)))
+
+
+def _messages_of(fields: _Fields, shape: str, unused: Counter) -> Messages:
+    """The messages of a record that is no pair, its pictures in their places."""
+    if shape == "edit":
+        source, asked, target = (fields.take(name) for name in ("source", "edit", "target"))
+        shown, drawn = ([{"type": "image", "image": picture}] for picture in (source, target))
+        return exchange([*shown, text_part(_text(asked, "edit_prompt"))], drawn)
+    if shape == "question":
+        asked, answer = _text(fields.take("question"), "question"), _answer(fields.take("answer"))
+        messages = exchange([text_part(asked)], [text_part(answer)])
+    elif shape == "instruction":
+        asked = [_text(fields.take("instruction"), "instruction"), fields.take("input") or ""]
+        words = "\n".join(_text(text, "input") for text in asked if text)
+        messages = exchange([text_part(words)], [text_part(_text(fields.take("output"), "output"))])
+    elif shape == "completion":
+        _refuse_kto(fields.record)
+        messages = from_completion(fields.take("prompt"), fields.take("completion"))
+    else:
+        fields.used.add(shape)
+        turns = fields.record[shape]
+        if shape == "messages":
+            return _own_messages(turns, fields.pictures(), unused)
+        messages = from_conversations(turns, unused) if shape == "conversations" else from_texts(turns, unused)
+    if shape == "completion":
+        for index, message in enumerate(messages):
+            check_keys(message, f"messages[{index}]", unused)
+    return place_pictures(messages, fields.pictures(), at_front=shape != "conversations")
+
+
+def _own_messages(messages: Any, pictures: dict[int, Any], unused: Counter) -> Any:
+    if not isinstance(messages, (list, tuple)) or not all(isinstance(message, dict) for message in messages):
+        return messages  # `check_row` says what is wrong with it
+    for index, message in enumerate(messages):
+        check_keys(message, f"messages[{index}]", unused)
+    return place_pictures(list(messages), pictures)
+
+
+def _refuse_kto(record: dict[str, Any]) -> None:
+    if isinstance(label := record.get("label"), bool):
+        raise DataError(
+            f"label: found {label}, which says whether the completion is wanted; these recipes would learn it anyway. "
+            "Keep the rows with true, without the field"
+        )
+
+
+def _text(text: Any, name: str) -> str:
     if not isinstance(text, str):
         raise DataError(f"{name}: found {show(text)}, expected a text")
-    return {"type": "text", "text": text}
+    if not text.strip():
+        raise DataError(f"{name}: found a blank text, expected words")
+    return text
 
 
-def _image_parts(pictures: list[Any]) -> list[dict[str, Any]]:
-    return [{"type": "image", "image": picture} for picture in pictures]
+def _captions(value: Any, num_pictures: int) -> list[str]:
+    """One caption or several of a picture, without tags that stand for it."""
+    given = value if isinstance(value, (list, tuple)) and value else [value]
+    return [_text(strip_tags(text, num_pictures) if isinstance(text, str) else text, "prompt") for text in given]
 
 
-def _exchange(asked: list[dict], answered: list[dict]) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+def _answer(value: Any) -> str:
+    """The answer, or the most frequent of several people's (VQA), the first of equals."""
+    if isinstance(value, (list, tuple)) and value:
+        given = [item.get("answer") if isinstance(item, dict) else item for item in value]
+        return Counter(_text(item, "answers") for item in given).most_common(1)[0][0]
+    return _text(value, "answer")
 
 
-def _from_llava(conversations: Any, pictures: list[Any]) -> list[dict[str, Any]]:
-    """LLaVA's `{"from": "human" | "gpt", "value": ...}`; ShareGPT files with "role" and "content" are read too."""
-    if not isinstance(conversations, (list, tuple)):
-        raise DataError(f"conversations: found {show(conversations)}, expected a list of turns")
-    messages = []
-    for index, turn in enumerate(conversations):
-        if not isinstance(turn, dict):
-            raise DataError(f'conversations[{index}]: found {show(turn)}, expected {{"from": ..., "value": ...}}')
-        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if role not in (*OTHER_ROLES, *OTHER_ROLES.values(), "system"):
-            raise DataError(f"conversations[{index}].from: found {show(role)}, expected system, human or gpt")
-        if not isinstance(text, str):
-            raise DataError(f"conversations[{index}].value: found {show(text)}, expected a text")
-        messages.append({"role": OTHER_ROLES.get(role, role), "content": text})
-    return _fill_messages(messages, pictures)
-
-
-def _fill_messages(messages: Any, pictures: list[Any]) -> Any:
-    """Put the pictures of a record's own list where its messages leave a place for them.
-
-    A place is an image part without a source, or an `<image>` tag in a content that is a plain text; spaces and line
-    breaks around a tag go with it. Messages that name their pictures themselves come back as they are.
-    """
-    if not isinstance(messages, (list, tuple)):
-        return messages  # `check_row` says what is wrong with it
-    left, num_places, filled = iter(pictures), 0, []
-    for message in messages:
-        if not isinstance(message, dict):
-            return messages
-        content = message.get("content")
-        parts = list(_split_tags(content)) if isinstance(content, str) and IMAGE_TAG in content else content
-        if isinstance(parts, (list, tuple)):
-            places = [isinstance(part, dict) and _is_place(part) for part in parts]
-            num_places += sum(places)
-            parts = [
-                {"type": "image", "image": next(left, "")} if is_place else part
-                for part, is_place in zip(parts, places, strict=True)
-            ]
-        filled.append({**message, "content": parts})
-    if num_places != len(pictures):
-        raise DataError(
-            f"found {num_places} {IMAGE_TAG} places but {len(pictures)} pictures, expected as many of both"
-        )
-    return filled
-
-
-def _is_place(part: dict[str, Any]) -> bool:
-    return part.get("type") == "image" and all(part.get(key) is None for key in ("image", "path", "url"))
-
-
-def _split_tags(text: str) -> Iterator[dict[str, Any]]:
-    for index, piece in enumerate(re.split(rf"\s*{IMAGE_TAG}\s*", text)):
-        if index:
-            yield {"type": "image"}
-        if piece:
-            yield {"type": "text", "text": piece}
+def _image_parts(pictures: dict[int, Any]) -> list[dict[str, Any]]:
+    return [{"type": "image", "image": picture} for picture in pictures.values()]

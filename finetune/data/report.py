@@ -4,6 +4,7 @@
 """
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ PERCENTILES = (0, 10, 25, 50, 75, 90, 99, 100)
 SIDES = ("understanding", "generation", "both", "text")
 PREVIEWS = 12  # tiles for each side of a source
 PREVIEW_SIDE = 192  # pixels
+MAX_LISTED = 20  # rows that are too long
+MAX_PLACES = 5  # of bad records of one kind
+VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\d+")  # what differs between two reasons of one kind
 
 
 @dataclass
@@ -36,6 +40,7 @@ class SourceReport:
     row_ids: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     bad_records: list[BadRecord] = field(default_factory=list)
+    unused: Counter = field(default_factory=Counter)  # fields that no row holds, and in how many records they stand
     max_length: int | None = None
     previews: dict[str, list[Tile]] = field(default_factory=dict)
 
@@ -111,6 +116,7 @@ class SourceReport:
             numbers["tokens"] = _spread(self.lengths)
             numbers["max_length"] = self.max_length
             numbers["too_long"] = [{"id": row_id, "tokens": length} for row_id, length in self.too_long]
+        numbers["unused"] = dict(self.unused.most_common())
         return numbers | {"bad_records": [record._asdict() for record in self.bad_records]}
 
     def as_text(self) -> str:
@@ -130,11 +136,15 @@ class SourceReport:
                 for name in ("turns", "widths", "heights", "tokens")
                 if numbers.get(name)
             ]
+        if self.unused:
+            lines.append(f"  not used  {describe_unused(self.unused)}")
         if self.too_long:
             lines.append(f"  {plural(len(self.too_long), 'row')} of more than {self.max_length} tokens:")
-            lines += [f"    {row_id}: {length}" for row_id, length in self.too_long]
+            lines += [f"    {row_id}: {length}" for row_id, length in self.too_long[:MAX_LISTED]]
+            if len(self.too_long) > MAX_LISTED:
+                lines.append(f"    and {len(self.too_long) - MAX_LISTED} more; --json lists all")
         if self.bad_records:
-            lines += ["  bad records:", *(f"    {record}" for record in self.bad_records)]
+            lines += ["  bad records:", *(f"    {line}" for line in lines_by_kind(self.bad_records))]
         return "\n".join(lines)
 
     def sections(self) -> list[Section]:
@@ -161,6 +171,22 @@ def without_pictures(row: Row) -> Row:
         for message in row["messages"]
     ]
     return {"id": row["id"], "messages": messages}
+
+
+def describe_unused(unused: Counter) -> str:
+    """Fields that no row holds, the most frequent first."""
+    return ", ".join(f"{name} (in {plural(count, 'record')})" for name, count in unused.most_common())
+
+
+def lines_by_kind(records: Iterable[BadRecord]) -> Iterator[str]:
+    """One line for each kind of bad record: the first in full, and where the others stand."""
+    kinds: dict[str, list[BadRecord]] = {}
+    for record in records:
+        kinds.setdefault(VALUES.sub("*", record.reason), []).append(record)
+    for alike in kinds.values():
+        places = [record.place.rsplit(", ", 1)[-1] for record in alike[1 : 1 + MAX_PLACES]]
+        more = f" and {len(alike) - 1 - MAX_PLACES} more; --json lists all" if len(alike) > 1 + MAX_PLACES else ""
+        yield f"{alike[0]}" + (f" ({len(alike)} records like this: also {', '.join(places)}{more})" if places else "")
 
 
 def plural(number: int, noun: str) -> str:

@@ -8,6 +8,7 @@ Streams are in `data_streams`, mixtures in `data_mixture`.
 import json
 import logging
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -67,6 +68,7 @@ class SourceRows(Dataset):
         name: what reports call it.
         max_bad_records: bad records before it stops, a count or a share of all records.
         bad_records: those that were found bad before, and are not in `store`.
+        unused: the `RowMaker`'s count of fields that no row holds; a table's grows while it is read.
 
     Raises:
         DataError: more records are bad than allowed, or none is left.
@@ -78,7 +80,9 @@ class SourceRows(Dataset):
         name: str,
         max_bad_records: int | float = 0.02,
         bad_records: Iterable[BadRecord] = (),
+        unused: Counter[str] | None = None,
     ):
+        self.unused: Counter[str] = Counter() if unused is None else unused
         self.store, self.name, self.max_bad_records = store, name, max_bad_records
         self.left_out = list(bad_records)
         # in shared memory: dataloader workers mark, and the process that trains sees and counts

@@ -20,7 +20,9 @@ IMAGE_KEYS = ("image", "path", "url")  # what an image part may call its picture
 # refuses them in the middle of a run.
 PLACEHOLDERS = ("<|image|>", "<|gen_image|>", "<|gen_start|>", "<|gen_end|>")
 # Words of other formats for a role: an error should say what they are called here.
-OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+OTHER_ROLES = {"human": "user", "prompter": "user"} | dict.fromkeys(
+    ("gpt", "chatgpt", "bing", "bard", "bot", "model", "ai"), "assistant"
+)
 
 
 class BadRecord(NamedTuple):
@@ -74,6 +76,8 @@ def check_row(row: Any) -> Row:
     checked = [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     if not any(message["role"] == "assistant" for message in checked):
         raise DataError("messages: no assistant turn, so there is nothing to learn; expected at least one")
+    if not any(is_trained(message) for message in checked):
+        raise DataError("messages: all assistant turns are marked as not trained; expected one that is")
     others = {key: value for key, value in row.items() if key not in ("id", "messages") and value is not None}
     return {"id": str(row.get("id", "")), "messages": checked, **others}
 
@@ -91,14 +95,38 @@ def _check_message(message: Any, field: str) -> dict[str, Any]:
     if not isinstance(content, (list, tuple)) or not content:
         raise DataError(f"{field}.content: found {show(content)}, expected a text or a list of at least one part")
     parts = [_check_part(part, f"{field}.content[{index}]") for index, part in enumerate(content)]
-    if role == "assistant" and not any(part["type"] == "image" or part["text"] for part in parts):
+    if role == "assistant" and not any(part["type"] == "image" or part["text"].strip() for part in parts):
         raise DataError(f"{field}.content: the assistant says and draws nothing; expected a text or a picture")
-    return {"role": role, "content": parts}
+    if not any(part["type"] == "image" or part["text"].strip() or not part["text"] for part in parts):
+        raise DataError(f"{field}.content: found only blanks, expected words")  # "" may be meant: the empty prompt
+    return {"role": role, "content": parts} | ({} if _has_loss(message, field) else {"train": False})
+
+
+def is_trained(message: dict[str, Any]) -> bool:
+    """Whether a message of a checked row has a loss."""
+    return message["role"] == "assistant" and message.get("train", True)
+
+
+def _has_loss(message: dict[str, Any], field: str) -> bool:
+    """What `train`, `loss` (true or false) or `weight` (1 or 0) says; without a word an assistant turn has a loss."""
+    said = {key: message[key] for key in ("train", "loss", "weight") if message.get(key) is not None}
+    for key, value in said.items():
+        expected = "0 or 1" if key == "weight" else "true or false"
+        if value not in (0, 1) or (key != "weight" and not isinstance(value, bool)):
+            raise DataError(f"{field}.{key}: found {show(value)}, expected {expected}")
+        if value and key != "weight" and message["role"] != "assistant":
+            raise DataError(
+                f"{field}.{key}: found {show(value)} in a turn of the {message['role']}, expected the assistant's"
+            )
+    return message["role"] != "assistant" or all(said.values())
 
 
 def _check_part(part: Any, field: str) -> dict[str, Any]:
     if isinstance(part, str):
         part = {"type": "text", "text": part}
+    if isinstance(part, dict) and part.get("type") == "image_url":  # OpenAI's
+        source = part.get("image_url")
+        part = {"type": "image", "image": source.get("url") if isinstance(source, dict) else source}
     if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
         raise DataError(
             f'{field}: found {show(part)}, expected {{"type": "text", "text": ...}} or '
@@ -152,6 +180,6 @@ def too_many_bad(name: str, shown: list[BadRecord], num_bad: int, num_records: i
     first = "; ".join(str(record) for record in shown[:3]) + ("; ..." if num_bad > 3 else "")
     return DataError(
         f"{name}: {num_bad} of {num_records} records are bad, more than max_bad_records ({limit}) allows. {first}. "
-        "List them all with `python -m finetune.check_data --data ...`, or raise max_bad_records.",
+        "List them all with `python -m finetune.check_data --json --data ...`, or raise max_bad_records.",
         shown,
     )

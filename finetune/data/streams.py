@@ -7,6 +7,7 @@ gradient. The order depends on the seed alone. Reading a tar shard is in `data_t
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -93,6 +94,11 @@ class StreamedRows(IterableDataset):
         )
         part._seat = self._seat.split(num_shards, index)
         return part
+
+    @property
+    def unused(self) -> Counter[str]:
+        """Fields of the records read so far by this process that no row holds."""
+        return getattr(self.make_rows, "unused", Counter())
 
     def state_dict(self) -> dict[str, int]:
         """Where the latest iteration stands: turns done, and records and rows handed out of the current one."""

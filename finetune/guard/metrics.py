@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from finetune.data.collator import PiscesDataCollator
-from finetune.data.schema import Row
+from finetune.data.schema import Row, is_trained
 from finetune.guard.loss_totals import LossTotals
 
 
@@ -103,7 +103,7 @@ def _short_exchange(row: Row, index: int, tokenizer: Any) -> tuple[list[dict], s
     found = []
     for turn, message in enumerate(row["messages"]):
         is_text = all(part["type"] == "text" for part in message["content"])
-        if message["role"] == "assistant" and turn and is_text:
+        if is_trained(message) and turn and is_text:
             text = _text_of(message)
             if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= MAX_ANSWER_TOKENS:
                 found.append((row["messages"][:turn], text))

@@ -4,12 +4,16 @@ The `datasets` library reads them: it memory-maps, caches, and knows the Image f
 row is asked for. `data_loaders` wraps the result in `SourceRows` or, with `streaming: true`, in `StreamedRows`.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -129,20 +133,39 @@ class TableRows:
 
     def __init__(self, table: datasets.Dataset, make_rows: RowMaker, name: str):
         self.table, self.make_rows, self.name = table, make_rows, name
-        self.num_variants = make_rows.num_rows_per_record(table.column_names)
+        variants = make_rows.num_rows_per_record(table.column_names)
+        column = make_rows.caption_column(table.column_names)
+        # rows up to the end of each record; one with a bad list of captions has a place for its error
+        self._ends = np.cumsum([variants * max(1, count) for count in _list_lengths(table, column)])
+        self._latest: tuple[int, list[Row]] = (-1, [])  # rows of one record come one after the other
 
     def __len__(self) -> int:
-        return len(self.table) * self.num_variants
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def row(self, index: int) -> Row:
-        number, variant = divmod(index, self.num_variants)
-        record = to_record(self.table[number])
-        if isinstance(record, DataError):
-            raise record
-        return self.make_rows(record, f"{Path(self.name).stem}-{number}")[variant]
+        number = self._number(index)
+        if self._latest[0] != number:
+            record = to_record(self.table[number])
+            if isinstance(record, DataError):
+                raise record
+            self._latest = number, self.make_rows(record, f"{Path(self.name).stem}-{number}")
+        return self._latest[1][index - int(self._ends[number])]  # counted from the end
+
+    def _number(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     def place(self, index: int) -> str:
-        return f"{self.name}, row {index // self.num_variants}"
+        return f"{self.name}, row {self._number(index)}"
+
+
+def _list_lengths(table: datasets.Dataset, column: str | None) -> Iterator[int]:
+    """How many values a column of lists has in each row; 1 for every row of any other column."""
+    kind = table.features.arrow_schema.field(column).type if column else None
+    if kind is None or not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        yield from itertools.repeat(1, len(table))
+        return
+    for batch in table.select_columns([column]).iter(batch_size=1000):
+        yield from (count or 1 for count in pc.list_value_length(batch[column]).to_pylist())
 
 
 class TableShard(NamedTuple):
