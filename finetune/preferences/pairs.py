@@ -25,12 +25,14 @@ from finetune.data.collator import PiscesDataCollator
 from finetune.data.load import resolve_format
 from finetune.data.packing import token_lengths
 from finetune.data.pictures import PictureFolder, open_pictures
+from finetune.data.places import IMAGE_TAG
 from finetune.data.readers.files import TABLE_SUFFIXES, read_imagefolder, read_table
-from finetune.data.records import IMAGE_TAG, RowMaker
+from finetune.data.records import RowMaker
 from finetune.data.rows import CompactRows, SourceRows
 from finetune.data.schema import BadRecord, DataError, Row, show, side_of
 from finetune.data.spec import DataSpec, parse_specs
 from finetune.training.recipe import Rows
+from finetune.training.starts import identify_rows
 
 
 logger = logging.get_logger(__name__)
@@ -95,6 +97,9 @@ class PairMaker:
     def num_rows_per_record(self, names: list[str]) -> int:
         self.check_columns(names)
         return 1
+
+    def caption_column(self, names: list[str]) -> None:
+        """No column of a pair holds several captions."""
 
 
 def _split_record(record: dict[str, Any], names_only: bool = False) -> tuple[list, list[tuple[str, dict]]]:
@@ -191,7 +196,8 @@ def load_pairs(data: Any, processor: Any, model: Any, max_length: int | None) ->
         pairs.exclude(sorted(set(range(len(lengths))) - set(kept)))
     sides = Counter("draw" if _draws(pairs.row(index)) else "answer" for index in kept)
     dataset: Dataset = Subset(pairs, kept) if too_long else pairs
-    return Rows(dataset, [lengths[index] for index in kept], too_long, dict(sides))
+    kept_lengths = [lengths[index] for index in kept]
+    return Rows(dataset, kept_lengths, too_long, dict(sides), identity=identify_rows(pairs.iter_rows()))
 
 
 def _lengths(pairs: SourceRows, answer: str, processor: Any) -> list[int]:

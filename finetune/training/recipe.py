@@ -20,12 +20,14 @@ import modeling_pisces  # noqa: F401  registers the Auto classes
 from finetune.data.load import load_data
 from finetune.data.packing import PackedRows, PackedStream, token_lengths
 from finetune.data.picture_cache import UnopenedRows
+from finetune.data.report import describe_unused
 from finetune.data.schema import side_of
 from finetune.flags.parsing import parse_classes
 from finetune.guard.rows import GuardArguments
 from finetune.training import packed_attention
 from finetune.training.adapters import AdapterConfig, quantization_config
 from finetune.training.sft_config import PiscesSFTConfig
+from finetune.training.starts import identify_rows
 from pisces_commands.arguments import UsageError
 
 
@@ -79,6 +81,7 @@ class Rows:
         lengths: tokens of each row that was kept and is not a stream's; None for a stream.
         too_long: (row id, tokens) of the rows that were left out.
         sides: how many of the rows that were kept show, draw, do both, or are text; empty for a stream.
+        identity: what tells these rows from others, see `starts.identify_rows`; None for a stream.
     """
 
     dataset: Dataset | IterableDataset
@@ -86,6 +89,7 @@ class Rows:
     too_long: list[tuple[str, int]]
     sides: dict[str, int]
     packed: bool = False
+    identity: str | None = None
 
 
 def parse_flags(
@@ -169,6 +173,9 @@ def load_rows(
             raise ValueError(f"{data} is a stream, which --picture_cache does not read. Leave one of them out.")
         return _stream(rows, processor, limit, pack_to, seed)
     lengths = token_lengths(rows.iter_rows(), processor)
+    for source in getattr(rows, "sources", [rows]):
+        if source.unused:
+            logger.warning(f"{source.name}: not used: {describe_unused(source.unused)}. See docs/data.md.")
     facts = [(row["id"], side_of(row)) for row in rows.iter_rows()]
     kept = [index for index, length in enumerate(lengths) if length <= limit]
     too_long = [(row_id, length) for (row_id, _), length in zip(facts, lengths, strict=True) if length > limit]
@@ -186,7 +193,8 @@ def load_rows(
     dataset = Subset(dataset, kept) if too_long else dataset
     if pack_to is not None:
         dataset = PackedRows(dataset, lengths, pack_to, seed=seed)
-    return Rows(dataset, lengths, too_long, sides, packed=pack_to is not None)
+    identity = identify_rows(rows.iter_rows())
+    return Rows(dataset, lengths, too_long, sides, packed=pack_to is not None, identity=identity)
 
 
 def _stream(rows: IterableDataset, processor: Any, limit: int, pack_to: int | None, seed: int) -> Rows:

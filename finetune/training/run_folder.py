@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
+from accelerate import PartialState
 from huggingface_hub import CommitOperationAdd, HfApi
+from transformers import Trainer
 
 from finetune.guard.guard import guard_record, guard_table
 from finetune.training.adapter_card import write_card
@@ -24,6 +26,15 @@ from finetune.training.checkpoints import WRITE_ERRORS, last_complete_checkpoint
 from finetune.training.recipe import RecipeArguments, Rows
 from finetune.training.sft_config import PiscesSFTConfig
 from finetune.training.sft_trainer import PiscesSFTTrainer
+from finetune.training.starts import (
+    STARTED_FILE,
+    check_start,
+    finished_steps,
+    identify_base,
+    keep_start,
+    meaning_of,
+    train,
+)
 from pisces_commands.measurement import current_commit, describe_hardware
 from pisces_commands.writing import WriteError, write_json, write_whole
 
@@ -32,6 +43,60 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "b
 # Everything else in the folder (checkpoints, training_args.bin, logs) stays at home.
 PUSHED = ("adapter_config.json", "adapter_model.safetensors", "README.md", "run.yaml")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer*", "chat_template.jinja")
+
+
+class RunStart(NamedTuple):
+    """What a run begins with; from `begin_run`, for `train_run`."""
+
+    recipe: str
+    settings: dict[str, Any]
+    base: tuple[str, str | None]
+    data: Any
+    resume: bool
+
+
+def begin_run(
+    name: str, recipe: RecipeArguments, training: PiscesSFTConfig, adapter: AdapterConfig
+) -> RunStart | None:
+    """Judge a run before any heavy work: its push, and that its folder was not begun with something else.
+
+    Returns:
+        what `train_run` needs; None if the folder holds the finished run that is asked for. Nothing in it is changed
+        then, and it is pushed if that was asked for.
+
+    Raises:
+        ValueError: as `check_push` and `starts.check_start`.
+    """
+    check_push(recipe, training, adapter)
+    folder = training.output_dir
+    settings = meaning_of(recipe, training, adapter)
+    base = identify_base(str(adapter.model_name_or_path), adapter.model_revision)
+    start = RunStart(name, settings, base, recipe.data, recipe.resume)
+    if not recipe.resume:
+        return start
+    check_start(folder, name, settings, base)
+    steps = finished_steps(folder, training.max_steps, training.num_train_epochs)
+    if steps is None or recipe.dry_run:
+        return start
+    print(
+        f"{folder} holds this run, finished with {steps} steps: nothing was trained and nothing changed. To train on, "
+        "raise --max_steps; to train something else, choose another --output_dir."
+    )
+    if training.push_to_hub and PartialState().is_main_process:
+        print(f"pushed: {push_run(Path(folder), training)}")
+    return None
+
+
+def train_run(trainer: Trainer, start: RunStart, rows: Rows) -> None:
+    """Record the start in the run's folder and train, from the last complete checkpoint if there is one.
+
+    Raises:
+        ValueError: the folder was begun with other data.
+    """
+    recipe, settings, base, data, resume = start
+    command = command_line(recipe, sys.argv[1:])
+    keep_start(trainer.args.output_dir, recipe, settings, base, (data, rows.identity), command, anew=not resume)
+    train(trainer, resume)
 
 
 def save_run(
@@ -84,6 +149,8 @@ def _write_records(trainer, folder: Path, name: str, recipe, adapter: AdapterCon
     record = run_record(name, recipe, trainer.args, adapter) | {
         "data": facts["data"],
         "guard": guard,
+        "steps": trainer.state.global_step,
+        "starts": json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))["starts"],
         "curve": trainer.state.log_history,
     }
     _name_base(folder, str(facts["base_model"]), adapter.model_revision)

@@ -284,6 +284,7 @@ def test_three_steps_of_the_command_leave_an_adapter_that_loads_and_resumes(star
     assert record["settings"]["training"]["sigma"] == pytest.approx(trainer.args.sigma)
     PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(start), tmp_path / "out")
 
+    (tmp_path / "out/run.yaml").unlink()
     (tmp_path / "out/checkpoint-3").rename(tmp_path / "gone")  # as if it had died in step 3
     resumed = main(flags(start, data, tmp_path / "out"))
     assert curve(resumed) == losses

@@ -180,6 +180,7 @@ def test_three_steps_of_the_command_leave_an_adapter_that_loads(start, tmp_path)
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(start, tmp_path):
     data = save_pairs(tmp_path / "data", PAIRS)
     whole = main(flags(start, data, tmp_path / "out", "--save_steps", "2"))
+    (tmp_path / "out/run.yaml").unlink()
     (tmp_path / "out/checkpoint-3").rename(tmp_path / "gone")  # as if it had died in step 3
     resumed = main(flags(start, data, tmp_path / "out", "--save_steps", "2"))
     assert resumed.state.global_step == 3 and curve(resumed) == curve(whole)

@@ -143,6 +143,7 @@ def test_the_command_leaves_an_adapter_that_loads_and_resumes(start, reward_modu
     assert record["recipe"] == "grpo" and record["settings"]["recipe"]["rewards"] == [reward_module, "contains"]
     PeftModel.from_pretrained(AutoModelForMultimodalLM.from_pretrained(start), tmp_path / "out")
 
+    (tmp_path / "out/run.yaml").unlink()
     (tmp_path / "out/checkpoint-2").rename(tmp_path / "gone")  # as if it had died in step 2
     resumed = main(flags(start, data, tmp_path / "out", *more))
     assert curve(resumed, "reward") == curve(trainer, "reward")
