@@ -18,10 +18,9 @@ from finetune.guard.rows import load_guard_rows
 from finetune.preferences.pairs import PairCollator, load_pairs
 from finetune.preferences.vector_dpo import PiscesVectorDPOConfig, PiscesVectorDPOTrainer
 from finetune.training.adapters import add_adapter
-from finetune.training.checkpoints import last_complete_checkpoint
 from finetune.training.dry_run import print_report
 from finetune.training.recipe import RecipeArguments, check_sides, load_checkpoint, parse_flags
-from finetune.training.run_folder import check_push, save_run
+from finetune.training.run_folder import begin_run, save_run, train_run
 from finetune.training.trl_runs import refuse_packing_and_cache
 
 
@@ -31,7 +30,8 @@ SIDES = ("generation",)
 def main(arguments: Sequence[str] | None = None) -> PiscesVectorDPOTrainer | None:
     recipe, training, adapter = parse_flags(RecipeArguments, arguments, PiscesVectorDPOConfig)
     refuse_packing_and_cache(recipe)
-    check_push(recipe, training, adapter)
+    if (start := begin_run("dpo_generation", recipe, training, adapter)) is None:
+        return None
 
     # load
     processor, model = load_checkpoint(adapter, training, draws=True)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> PiscesVectorDPOTrainer | Non
     eval_set = eval_rows and eval_rows.dataset
     trainer = PiscesVectorDPOTrainer(model, training, rows.dataset, eval_set, processor, collator)
     add_guard(trainer, guard_rows, recipe, adapter, SIDES)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(training.output_dir) if recipe.resume else None)
+    train_run(trainer, start, rows)
 
     # save
     save_run(trainer, "dpo_generation", recipe, adapter, rows)

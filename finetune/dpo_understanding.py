@@ -19,10 +19,9 @@ from finetune.guard.guard import add_guard
 from finetune.guard.rows import load_guard_rows
 from finetune.preferences.pairs import PairCollator, TextPairCollator, load_pairs
 from finetune.training.adapters import add_adapter
-from finetune.training.checkpoints import last_complete_checkpoint
 from finetune.training.dry_run import print_report
 from finetune.training.recipe import RecipeArguments, check_sides, load_checkpoint, parse_flags
-from finetune.training.run_folder import check_push, save_run
+from finetune.training.run_folder import begin_run, save_run, train_run
 from finetune.training.trl_runs import RunDefaults, RunHabits, refuse_packing_and_cache
 
 
@@ -63,7 +62,8 @@ class PiscesDPOTrainer(RunHabits, DPOTrainer):
 def main(arguments: Sequence[str] | None = None) -> PiscesDPOTrainer | None:
     recipe, training, adapter = parse_flags(RecipeArguments, arguments, PiscesDPOConfig)
     refuse_packing_and_cache(recipe)
-    check_push(recipe, training, adapter)
+    if (start := begin_run("dpo_understanding", recipe, training, adapter)) is None:
+        return None
 
     # load
     processor, model = load_checkpoint(adapter, training, draws=False)
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> PiscesDPOTrainer | None:
     eval_set = eval_rows and eval_rows.dataset
     trainer = PiscesDPOTrainer(model, training, rows.dataset, eval_set, processor)
     add_guard(trainer, guard_rows, recipe, adapter, SIDES)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(training.output_dir) if recipe.resume else None)
+    train_run(trainer, start, rows)
 
     # save
     save_run(trainer, "dpo_understanding", recipe, adapter, rows)

@@ -23,10 +23,9 @@ from finetune.guard.guard import add_guard
 from finetune.guard.rows import load_guard_rows
 from finetune.preferences.rewards import load_reward
 from finetune.training.adapters import add_adapter
-from finetune.training.checkpoints import last_complete_checkpoint
 from finetune.training.dry_run import print_report
 from finetune.training.recipe import RecipeArguments, check_sides, load_checkpoint, load_rows, parse_flags
-from finetune.training.run_folder import check_push, save_run
+from finetune.training.run_folder import begin_run, save_run, train_run
 from finetune.training.trl_runs import RunDefaults, RunHabits, refuse_packing_and_cache
 
 
@@ -92,7 +91,8 @@ class PiscesGRPOTrainer(RunHabits, GRPOTrainer):
 def main(arguments: Sequence[str] | None = None) -> PiscesGRPOTrainer | None:
     recipe, training, adapter = parse_flags(RewardArguments, arguments, PiscesGRPOConfig)
     refuse_packing_and_cache(recipe)
-    check_push(recipe, training, adapter)
+    if (start := begin_run("grpo", recipe, training, adapter)) is None:
+        return None
     rewards = [load_reward(name) for name in recipe.rewards]
 
     # load
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> PiscesGRPOTrainer | None:
         reward_funcs=rewards,
     )
     add_guard(trainer, guard_rows, recipe, adapter, SIDES)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(training.output_dir) if recipe.resume else None)
+    train_run(trainer, start, rows)
 
     # save
     save_run(trainer, "grpo", recipe, adapter, rows)

@@ -15,10 +15,9 @@ from transformers import set_seed
 from finetune.flags.parsing import run_command
 from finetune.guard.guard import add_guard
 from finetune.training.adapters import add_adapter
-from finetune.training.checkpoints import last_complete_checkpoint
 from finetune.training.prepare import prepare
 from finetune.training.recipe import JointArguments, load_checkpoint, parse_flags
-from finetune.training.run_folder import check_push, save_run
+from finetune.training.run_folder import begin_run, save_run, train_run
 from finetune.training.sft_trainer import PiscesSFTTrainer
 
 
@@ -27,7 +26,8 @@ SIDES = ("understanding", "generation")
 
 def main(arguments: Sequence[str] | None = None) -> PiscesSFTTrainer | None:
     recipe, training, adapter = parse_flags(JointArguments, arguments)
-    check_push(recipe, training, adapter)
+    if (start := begin_run("lora_joint", recipe, training, adapter)) is None:
+        return None
 
     # load
     processor, model = load_checkpoint(adapter, training, draws=True)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> PiscesSFTTrainer | None:
     # train
     trainer = PiscesSFTTrainer(model, training, data.train, data.eval, processor, data.collator)
     add_guard(trainer, data.guard_rows, recipe, adapter, SIDES)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(training.output_dir) if recipe.resume else None)
+    train_run(trainer, start, data.rows)
 
     # save
     save_run(trainer, "lora_joint", recipe, adapter, data.rows)
