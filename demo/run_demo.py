@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint
+from modeling_pisces.checkpoint.adapters import attach_adapters, find_model
+from modeling_pisces.checkpoint.files import check_checkpoint
 from modeling_pisces.checkpoint.loading import load_pipeline, quiet_libraries
 from modeling_pisces.console.commands import DEFAULT_QUESTION, answer_question
 from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sheet
 from modeling_pisces.console.pictures import find_pictures
 from modeling_pisces.image_loading_pisces import load_image
-from pisces_commands.arguments import COUNT, SEED, LineParser
+from pisces_commands.arguments import COUNT, SEED, LineParser, add_adapter_flag
 from pisces_commands.ending import one_line_ending
 from pisces_commands.writing import write_whole
 
@@ -40,10 +41,11 @@ def main() -> None:
 def show(args: argparse.Namespace) -> None:
     """Ask, draw and reconstruct, and write the sheet."""
     start = time.perf_counter()
-    folder = find_checkpoint(args.model)
+    folder, adapters = find_model(args.model, args.adapter)
     check_checkpoint(folder, with_decoder=True)
     pictures = [(path, load_image(path)) for path in find_pictures(args.image)]
     pipeline = load_pipeline(folder)
+    attach_adapters(adapters, pipeline.vision_language_model, pipeline)
     print(f"loaded {folder} in {time.perf_counter() - start:.1f} s")
 
     sections = [Section("Questions about your pictures", answer_about_pictures(pipeline, pictures, args.question))]
@@ -60,6 +62,7 @@ def show(args: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = LineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="pisces-tiny", help="checkpoint folder or Hub id")
+    add_adapter_flag(parser)
     parser.add_argument("--examples", default="examples", help="data folder with pictures, questions and true answers")
     parser.add_argument("--num_examples", type=COUNT, default=6, help="how many pictures of it")
     parser.add_argument("--image", action="append", default=[], help="a picture or a folder of your own")

@@ -19,13 +19,15 @@ from evaluation.drawing.prompt_sets import Prompt, load_prompts, load_rewritten,
 from evaluation.runs.files import (
     describe_machine,
     hash_files,
+    identify_adapters,
     identify_weights,
     keep_settings,
     parse_shard,
     take_shard,
 )
 from evaluation.runs.summaries import seed_generators
-from pisces_commands.arguments import COUNT, SEED, LineParser, finite_number
+from modeling_pisces.checkpoint.adapters import attach_adapters, find_model
+from pisces_commands.arguments import COUNT, SEED, LineParser, add_adapter_flag, finite_number
 from pisces_commands.ending import one_line_ending
 from pisces_commands.writing import write_whole
 
@@ -35,7 +37,9 @@ def load_pipeline(arguments: argparse.Namespace) -> Any:
     from modeling_pisces import PiscesPipeline
 
     options = {} if arguments.dtype == "auto" else {"torch_dtype": getattr(torch, arguments.dtype)}
-    pipeline = PiscesPipeline.from_pretrained(arguments.model, revision=arguments.revision, **options)
+    arguments.found = folder, adapters = find_model(arguments.model, arguments.adapter, arguments.revision)
+    pipeline = PiscesPipeline.from_pretrained(folder, **options)
+    attach_adapters(adapters, pipeline.vision_language_model, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -60,12 +64,15 @@ def describe_settings(arguments: argparse.Namespace, num_prompts: int, pipeline:
 
     kind, path = split_spec(arguments.prompts)
     model = pipeline.vision_language_model
+    folder, adapters = getattr(arguments, "found", (None, ()))
+    is_hub_id = folder is None or not Path(arguments.model).expanduser().is_dir()
     height, width = picture_size(pipeline.unet, pipeline.vae, arguments.resolution, arguments.resolution)
     steps, guidance = arguments.num_inference_steps, arguments.guidance_scale
     temperature = arguments.image_temperature
     return {
         "model": arguments.model,
-        "weights": identify_weights(arguments.model, getattr(model.config, "_commit_hash", None)),
+        "weights": identify_weights(arguments.model if is_hub_id else str(folder), folder and folder.name),
+        **({"adapters": identify_adapters(adapters)} if adapters else {}),
         "dtype": str(model.dtype).removeprefix("torch."),
         "prompt_set": kind,
         "prompts_sha256": hash_files(prompt_files(path)),
@@ -139,6 +146,7 @@ def draw(arguments: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
+    add_adapter_flag(parser)
     parser.add_argument("--revision", help="of a Hub id: branch, tag or commit")
     parser.add_argument("--prompts", required=True, help="geneval:FILE, dpg:FOLDER, wise:FOLDER or own:FILE")
     parser.add_argument("--rewritten", type=Path, help='JSONL of {"prompt", "rewritten"}: draw these words instead')

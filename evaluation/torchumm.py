@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
+from modeling_pisces.checkpoint.adapters import attach_adapters, find_model
 from pisces_commands.ending import EXIT_FAILED, end_command
 from pisces_commands.writing import write_whole
 
 
-LOADING = ("model_path", "revision", "torch_dtype", "seed")
+LOADING = ("model_path", "revision", "adapters", "torch_dtype", "seed")
 DRAWING = ("num_images_per_prompt", "num_inference_steps", "guidance_scale", "negative_prompt", "height", "width")
 
 
@@ -39,7 +40,7 @@ class PiscesBackbone:
 
         Args:
             cfg: the configuration's `backbone_cfg`: "model_path" (folder or Hub id), and if wished "revision",
-                "torch_dtype" ("auto") and "seed" (0).
+                "adapters" (a list of folders or Hub ids), "torch_dtype" ("auto") and "seed" (0).
 
         Raises:
             ValueError: no model_path, or a key that this backbone does not know.
@@ -49,13 +50,15 @@ class PiscesBackbone:
         _refuse_unknown(cfg, LOADING, "backbone_cfg")
         if not cfg.get("model_path"):
             raise ValueError("backbone_cfg has no model_path. Give a checkpoint folder or a Hub id.")
-        self.source = {"pretrained_model_name_or_path": cfg["model_path"], "revision": cfg.get("revision")}
+        folder, self.adapters = find_model(cfg["model_path"], cfg.get("adapters") or [], cfg.get("revision"))
+        self.source = {"pretrained_model_name_or_path": folder}
         self.seed = int(cfg.get("seed", 0))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = PiscesForConditionalGeneration.from_pretrained(
             **self.source, dtype=cfg.get("torch_dtype", "auto")
         )
         self.model = self.model.to(device).eval()
+        attach_adapters([a for a in self.adapters if "language model" in a.sides], self.model)
         self.processor = PiscesProcessor.from_pretrained(**self.source)
         self.drawn: Counter[tuple[str, str]] = Counter()
 
@@ -71,6 +74,7 @@ class PiscesBackbone:
             torch_dtype=self.model.dtype,
         )
         pipeline.set_progress_bar_config(disable=True)
+        attach_adapters(self.adapters, None, pipeline)
         return pipeline.to(self.model.device)
 
     def understanding(

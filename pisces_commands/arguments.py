@@ -111,3 +111,14 @@ __all__ = [
     "one_line",
     "whole_number",
 ]
+
+
+def add_adapter_flag(parser) -> None:
+    """`--adapter`, as every command that loads a model takes it; for `modeling_pisces.checkpoint.adapters`."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="FOLDER_OR_ID",
+        help="trained adapter of the language model or the decoder; give it several times for several",
+    )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
-from pisces_commands.arguments import COUNT, SEED, LineParser, finite_number
+from pisces_commands.arguments import COUNT, SEED, LineParser, add_adapter_flag, finite_number
 from pisces_commands.ending import EXIT_OK, CommandEnd, one_line_ending
 
 
@@ -29,6 +29,7 @@ examples:
 
 checkpoints:
   --model takes a folder or a Hub id (owner/name). Without it the folder ./{DEFAULT_MODEL} is used.
+  --adapter puts a trained adapter on it; an adapter given as --model brings its base along.
 
 exit codes:
   0  everything was done
@@ -75,6 +76,7 @@ def _add_command(commands, name: str, summary: str, description: str, runs_model
     common = parser.add_argument_group("common options")
     common.add_argument("--model", metavar="CHECKPOINT", help=f"folder or Hub id (default: ./{DEFAULT_MODEL})")
     common.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    add_adapter_flag(common)
     if runs_model:
         common.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to run")
         common.add_argument(
@@ -126,6 +128,11 @@ def _add_draw(commands) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
     parser.add_argument("--num_images", type=COUNT, default=1, help="pictures per prompt")
     parser.add_argument("--seed", type=SEED, default=0, help="start of the random numbers")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="draw everything twice, without and with the adapters, and write the sheet (default: OUTPUT/compare.png)",
+    )
     _add_drawing_options(parser)
     _add_output(parser)
     _add_sheet(parser)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
+from modeling_pisces.checkpoint.adapters import Adapter
 from pisces_commands.measurement import current_commit, describe_hardware
 from pisces_commands.writing import write_json
 
@@ -56,6 +57,13 @@ def identify_weights(source: str, hub_commit: str | None = None) -> str:
     return f"sha256 {hash_files(weights)}"
 
 
+def identify_adapters(adapters: Sequence[Adapter]) -> list[str]:
+    """Names and hashes of the weights of adapters, for the settings of a run; empty without one."""
+    return [
+        f"{adapter.name} sha256 {hash_files(sorted(adapter.folder.glob('*.safetensors')))}" for adapter in adapters
+    ]
+
+
 def keep_settings(path: Path, settings: dict[str, Any], facts: dict[str, Any], flag: str = "--output") -> None:
     """Begin a run file, or check that the run it describes had the same settings; a new commit is added to its list.
 
@@ -85,7 +93,8 @@ def keep_settings(path: Path, settings: dict[str, Any], facts: dict[str, Any], f
 def describe_command(module: str, parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
     """The command that gives the same result: every flag that is not at its default, but for the shard."""
     given = {name: value for name, value in vars(options).items() if value != parser.get_default(name)}
-    flags = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if name != "shard"]
+    each = [(name, item) for name, value in given.items() for item in (value if isinstance(value, list) else [value])]
+    flags = [f"--{name} {shlex.quote(str(value))}" for name, value in each if name != "shard"]
     return " ".join([f"python -m {module}", *flags])
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from evaluation.runs.batches import KeptBatches
-from evaluation.runs.files import describe_machine, hash_files, identify_weights, keep_settings
+from evaluation.runs.files import describe_machine, hash_files, identify_adapters, identify_weights, keep_settings
 from evaluation.runs.summaries import (
     Outcomes,
     answer_summary,
@@ -32,9 +32,9 @@ from evaluation.runs.summaries import (
 from evaluation.scenes.descriptions import describe_drawings
 from evaluation.scenes.detector import detect_objects, load_silhouettes
 from evaluation.scenes.scorer import score_prompt, score_scene
-from modeling_pisces.checkpoint.files import find_checkpoint
+from modeling_pisces.checkpoint.adapters import attach_adapters, find_model
 from modeling_pisces.image_loading_pisces import load_image
-from pisces_commands.arguments import COUNT, LineParser, finite_number
+from pisces_commands.arguments import COUNT, LineParser, add_adapter_flag, finite_number
 from pisces_commands.ending import one_line_ending
 from pisces_commands.measurement import current_command
 from pisces_commands.writing import write_json, write_whole
@@ -192,7 +192,9 @@ def load_pipeline(arguments: argparse.Namespace):
     """The checkpoint's pipeline; flags that were given replace its own defaults of sampling."""
     from modeling_pisces import PiscesPipeline
 
-    pipeline = PiscesPipeline.from_pretrained(find_checkpoint(arguments.model))
+    folder, adapters = find_model(arguments.model, arguments.adapter)
+    pipeline = PiscesPipeline.from_pretrained(folder)
+    attach_adapters(adapters, pipeline.vision_language_model, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     if arguments.guidance_scale is not None:
         pipeline.register_to_config(default_guidance_scale=arguments.guidance_scale)
@@ -242,9 +244,11 @@ def begin(arguments: argparse.Namespace, pipeline) -> KeptBatches:
     data, output = Path(arguments.data), Path(arguments.output)
     names = ("num_questions", "num_reconstructions", "num_prompts", "images_per_prompt")
     folder = output.with_name(output.stem + "_unfinished")
+    checkpoint, adapters = find_model(arguments.model, arguments.adapter)
     settings = {
         "model": arguments.model,
-        "weights": identify_weights(str(find_checkpoint(arguments.model))),
+        "weights": identify_weights(str(checkpoint)),
+        **({"adapters": identify_adapters(adapters)} if adapters else {}),
         "data_sha256": hash_files([data / name for name in DATA_FILES]),
         **{name: getattr(arguments, name) for name in names},
         "drawing": describe_settings(pipeline),
@@ -273,6 +277,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     kept = begin(arguments, pipeline)
 
     results: dict[str, Any] = {"benchmark": "scenes", "model": arguments.model}
+    if arguments.adapter:
+        results["adapters"] = arguments.adapter
     for wording in ("question", "paraphrase"):
         outcomes, answered = answer_questions(pipeline, data, rows, wording, arguments.num_questions, kept=kept)
         results[f"understanding_{wording}"] = answer_summary(outcomes)
@@ -302,6 +308,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
+    add_adapter_flag(parser)
     parser.add_argument("--data", required=True, help="held-out data folder with scenes.jsonl and prompts.jsonl")
     parser.add_argument("--output", required=True, help="results file to write, .json")
     parser.add_argument("--num_questions", type=COUNT, default=1800, help="questions, equally many of each type")

@@ -12,6 +12,7 @@ from evaluation.runs.files import describe_machine, keep_settings
 from evaluation.study.arms import BUDGETS
 from evaluation.study.report import check_page, report
 from evaluation.study.steps import Plan, run_plan
+from modeling_pisces.checkpoint.adapters import attach_adapters, find_model
 from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint
 from pisces_commands.arguments import COUNT, SEED, LineParser
 from pisces_commands.ending import one_line_ending
@@ -35,7 +36,10 @@ def load_checkpoint(name: str) -> tuple[Any, Any]:
     """Model and processor, ready to be asked, on the GPU if there is one."""
     from modeling_pisces.checkpoint.loading import load_model
 
-    return load_model(find_checkpoint(name))
+    folder, adapters = find_model(name)
+    model, processor = load_model(folder)
+    attach_adapters(adapters, model)
+    return model, processor
 
 
 def reader(options: argparse.Namespace) -> None:

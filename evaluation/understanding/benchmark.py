@@ -16,12 +16,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluation.runs.files import describe_command, describe_machine, identify_weights, keep_settings
+from evaluation.runs.files import (
+    describe_command,
+    describe_machine,
+    identify_adapters,
+    identify_weights,
+    keep_settings,
+)
 from evaluation.understanding.harness import ROOT, Run, ask_and_score, check_data, probe
 from evaluation.understanding.results import collect_items, read_metrics, read_run, sum_up
 from evaluation.understanding.tasks import SUITE, Task
-from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint
-from pisces_commands.arguments import COUNT, LineParser
+from modeling_pisces.checkpoint.adapters import find_model
+from modeling_pisces.checkpoint.files import check_checkpoint
+from pisces_commands.arguments import COUNT, LineParser, add_adapter_flag
 from pisces_commands.ending import one_line_ending
 from pisces_commands.writing import write_json
 
@@ -83,13 +90,14 @@ def prepare(arguments: argparse.Namespace, tasks: list[Task]) -> tuple[Run, dict
     Raises:
         ValueError: a flag, the checkpoint, a data set or the harness is not as it should be.
     """
-    checkpoint = find_checkpoint(arguments.model, arguments.revision)
+    checkpoint, adapters = find_model(arguments.model, arguments.adapter, arguments.revision)
     check_checkpoint(checkpoint)
     if arguments.data:
         check_data(arguments.data, tasks)
     run = Run(
         python=arguments.harness_python.absolute(),  # the harness runs in another folder; a resolved link is no venv
         checkpoint=checkpoint,
+        adapters=tuple(adapter.folder for adapter in adapters),
         work=arguments.output.with_name(arguments.output.stem + "_answers"),
         **{name: getattr(arguments, name) for name in ("data", "device", "dtype", "batch_size", "limit")},
     )
@@ -97,6 +105,7 @@ def prepare(arguments: argparse.Namespace, tasks: list[Task]) -> tuple[Run, dict
     settings = {
         "model": arguments.model,
         "weights": identify_weights(str(checkpoint) if is_local else arguments.model, checkpoint.name),
+        **({"adapters": identify_adapters(adapters)} if adapters else {}),
         **{name: getattr(arguments, name) for name in ("device", "dtype", "batch_size")},
         "harness": probe(run.python),
     }
@@ -148,6 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     python = os.environ.get(HARNESS_VARIABLE, ROOT / ".venv-lmms-eval/bin/python")
     parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
+    add_adapter_flag(parser)
     parser.add_argument("--revision", help="of a Hub id: branch, tag or commit")
     parser.add_argument("--tasks", required=True, help="names of lmms-eval with commas, or all: those without a judge")
     parser.add_argument("--output", type=Path, required=True, help="results file to write, .json")

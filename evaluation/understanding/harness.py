@@ -47,6 +47,7 @@ class Run(NamedTuple):
     dtype: str
     batch_size: int
     limit: int | None
+    adapters: tuple[Path, ...] = ()  # folders, in the order in which they are attached
 
 
 def probe(python: Path) -> dict[str, str]:
@@ -179,6 +180,8 @@ def build_command(run: Run, tasks: Sequence[Task], shard: str) -> list[str]:
     """
     answers = (run.work / "answers").resolve()
     options = {"pretrained": run.checkpoint.resolve(), "answers": answers, "dtype": run.dtype, "shard": shard}
+    if run.adapters:
+        options["adapters"] = os.pathsep.join(str(folder.resolve()) for folder in run.adapters)
     for name, value in options.items():
         if re.search(r"[,='\"{}]", str(value)):
             raise ValueError(f"{name} {value}: lmms-eval cannot take a path with , = quotes or braces. Rename it.")

@@ -18,7 +18,15 @@ from PIL import Image
 
 from pisces_commands.writing import write_whole
 
-from ..checkpoint.files import check_checkpoint, find_checkpoint
+from ..checkpoint.adapters import (
+    Adapter,
+    AttachedAdapters,
+    attach_adapters,
+    describe_adapter,
+    find_model,
+    format_adapter,
+)
+from ..checkpoint.files import check_checkpoint
 from ..checkpoint.info import describe_checkpoint, format_checkpoint
 from ..checkpoint.loading import load_model, load_pipeline, quiet_libraries
 from .contact_sheet import Section, Tile, make_contact_sheet
@@ -34,31 +42,49 @@ def run_command(args: argparse.Namespace) -> int:
     """Run the command that `args` names and return its exit code."""
     command = {"describe": _describe, "draw": _draw, "reconstruct": _reconstruct, "info": _info}[args.command]
     with nullcontext() if args.verbose else quiet_libraries():
-        return command(args, _checked_checkpoint(args))
+        folder, args.adapters = _checked_checkpoint(args)
+        return command(args, folder)
 
 
-def _checked_checkpoint(args: argparse.Namespace) -> Path:
+def _checked_checkpoint(args: argparse.Namespace) -> tuple[Path, tuple[Adapter, ...]]:
     name = getattr(args, "checkpoint", None) or args.model
     if name is None and not Path(DEFAULT_MODEL).is_dir():
         raise UsageError(f"no folder ./{DEFAULT_MODEL} here. Name a checkpoint: --model FOLDER or --model OWNER/NAME.")
     try:
-        folder = find_checkpoint(name or DEFAULT_MODEL, args.revision)
+        folder, adapters = find_model(name or DEFAULT_MODEL, args.adapter, args.revision)
         check_checkpoint(folder, with_decoder=args.command in ("draw", "reconstruct"))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return folder
+    return folder, adapters
 
 
-def _load(loader: Callable[..., Any], args: argparse.Namespace, folder: Path) -> Any:
+def _load(
+    loader: Callable[..., Any], args: argparse.Namespace, folder: Path, uses_language_model: bool = True
+) -> tuple[Any, AttachedAdapters]:
+    """What the loader returns, and the adapters that are on it now."""
     try:
-        return loader(folder, args.device, args.dtype, args.trust_remote_code)
+        loaded = loader(folder, args.device, args.dtype, args.trust_remote_code)
+        if not args.adapters:
+            return loaded, AttachedAdapters()
+        pipeline = None if isinstance(loaded, tuple) else loaded
+        model = loaded[0] if pipeline is None else pipeline.vision_language_model
+        if not uses_language_model:
+            for adapter in args.adapters:
+                if "language model" in adapter.sides:
+                    print(
+                        f"warning: {adapter.name} is for the language model, which has no part here", file=sys.stderr
+                    )
+        return loaded, attach_adapters(args.adapters, model if uses_language_model else None, pipeline)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
 def _info(args: argparse.Namespace, folder: Path) -> int:
-    info = describe_checkpoint(folder)
-    print(json.dumps({"command": "info", **info}) if args.json else format_checkpoint(info))
+    info, adapters = describe_checkpoint(folder), [describe_adapter(adapter) for adapter in args.adapters]
+    if args.json:
+        print(json.dumps({"command": "info", **info, "adapters": adapters}))
+    else:
+        print("\n\n".join([format_checkpoint(info), *map(format_adapter, adapters)]))
     return 0
 
 
@@ -68,7 +94,7 @@ def _describe(args: argparse.Namespace, folder: Path) -> int:
     if not all(question.strip() for question in questions):
         raise UsageError("a --question is empty. Write one, or leave the option out to get a description.")
     load_picture = first_usable(pictures)
-    model, processor = _load(load_model, args, folder)
+    (model, processor), _ = _load(load_model, args, folder)
     tiles: list[Tile] = []
 
     def answer_all(picture: str) -> list[dict[str, Any]]:
@@ -113,30 +139,42 @@ def _question_lines(questions: list[str], answers: list[str]) -> list[str]:
 def _draw(args: argparse.Namespace, folder: Path) -> int:
     if not any(prompt.strip() for prompt in args.prompts):
         raise UsageError("the prompt is empty. Say what to draw.")
-    place = OutputPlace(args.output, len(args.prompts) * args.num_images)
-    pipeline = _load(load_pipeline, args, folder)
-    tiles: list[Tile] = []
+    if args.compare and not args.adapters:
+        raise UsageError("--compare shows what an adapter changes: name one with --adapter FOLDER_OR_ID.")
+    place = OutputPlace(args.output, len(args.prompts) * args.num_images * (2 if args.compare else 1))
+    pipeline, attached = _load(load_pipeline, args, folder)
+    tiles: dict[str, list[Tile]] = {}
 
     def draw_all(prompt: str) -> list[dict[str, Any]]:
         if not prompt.strip():
             raise ValueError("the prompt is empty. Say what to draw.")
         seeds = [args.seed + index for index in range(args.num_images)]
+        with attached.off() if args.compare else nullcontext():
+            results = draw_seeds(prompt, seeds, "without adapter" if args.compare else "")
+        return results + (draw_seeds(prompt, seeds, "with adapter") if args.compare else [])
+
+    def draw_seeds(prompt: str, seeds: list[int], how: str) -> list[dict[str, Any]]:
         images = pipeline(
             [prompt], num_images_per_prompt=len(seeds), generator=_generators(seeds), **_drawing_options(args)
         ).images
-        paths = [place.save(image, prompt, seed) for image, seed in zip(images, seeds, strict=True)]
-        tiles.extend(Tile(image, f"{prompt}\nseed {seed}") for image, seed in zip(images, seeds, strict=True))
-        return [{"prompt": prompt, "seed": seed, "path": path} for seed, path in zip(seeds, paths, strict=True)]
+        results = []
+        for image, seed in zip(images, seeds, strict=True):
+            path = place.save(image, f"{prompt} {how}".strip(), seed)
+            tiles.setdefault(how, []).append(Tile(image, f"{prompt}\nseed {seed}"))
+            results.append({"prompt": prompt, "seed": seed, "path": path} | ({"adapter": how} if how else {}))
+        return results
 
     results, errors = _for_each(folder, "prompt", args.prompts, draw_all, say=None if args.json else _say_path)
-    return _finish(args, results, errors, [Section("Drawings", tiles)])
+    if args.compare and not args.sheet:
+        args.sheet = str(place.path / "compare.png")
+    return _finish(args, results, errors, [Section(how.capitalize() or "Drawings", t) for how, t in tiles.items()])
 
 
 def _reconstruct(args: argparse.Namespace, folder: Path) -> int:
     pictures = find_pictures(args.images)
     load_picture = first_usable(pictures)
     place = OutputPlace(args.output, len(pictures))
-    pipeline = _load(load_pipeline, args, folder)
+    pipeline, _ = _load(load_pipeline, args, folder, uses_language_model=False)
     tiles: list[Tile] = []
 
     def reconstruct_one(picture: str) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from lmms_eval.api.model import lmms
 
-from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint
+from modeling_pisces.checkpoint.adapters import attach_adapters, find_model
+from modeling_pisces.checkpoint.files import check_checkpoint
 from modeling_pisces.checkpoint.loading import choose_device, load_model
 
 from .answers import Answerer, Messages, Question
@@ -29,6 +30,7 @@ class Pisces(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         answers: str | None = None,
+        adapters: str = "",
         shard: str = "1/1",
         trust_remote_code: bool = False,
     ) -> None:
@@ -41,6 +43,7 @@ class Pisces(lmms):
             batch_size: questions at a time.
             max_batch_size: lmms-eval passes it to every model; not used.
             answers: folder of answers, of this checkpoint alone; what is in it is not asked again.
+            adapters: folders or Hub ids of trained adapters, with the system's path separator between them.
             shard: "i/n" fills that folder with the i-th of n parts of the answers and ends the process without a
                 score. A run without a shard, over the same folder, then scores.
 
@@ -56,14 +59,20 @@ class Pisces(lmms):
         self.is_part = shard != "1/1"
         if self.is_part and not answers:
             raise ValueError(f"shard={shard} without answers=FOLDER: the parts meet in that folder. Name one.")
-        folder = find_checkpoint(pretrained, revision)
+        folder, found = find_model(pretrained, [name for name in adapters.split(os.pathsep) if name], revision)
         check_checkpoint(folder)
         self.device = choose_device(device or "auto")
         number, total = map(int, shard.split("/"))
         if not 1 <= number <= total:
             raise ValueError(f"shard={shard}: expected i/n with i from 1 to n.")
+
+        def load() -> tuple[Any, Any]:
+            model, processor = load_model(folder, self.device.type, dtype, trust_remote_code)
+            attach_adapters(found, model)
+            return model, processor
+
         self.answerer = Answerer(
-            lambda: load_model(folder, self.device.type, dtype, trust_remote_code),
+            load,
             int(batch_size),
             Path(answers) if answers else None,
             (number, total),

@@ -179,7 +179,7 @@ def test_a_run_that_is_killed_before_any_batch_goes_on_with_equal_results(data, 
 def test_an_unfinished_run_of_other_flags_is_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "describe_settings", lambda pipeline: "20 steps")
     flags = {"model": "pisces-tiny", "data": str(data), "output": str(tmp_path / "out.json"), "num_questions": 6}
-    flags |= {"num_reconstructions": 4, "num_prompts": 4, "images_per_prompt": 2}
+    flags |= {"num_reconstructions": 4, "num_prompts": 4, "images_per_prompt": 2, "adapter": []}
     scenes.begin(SimpleNamespace(**flags), None)
     scenes.begin(SimpleNamespace(**flags), None)
     with pytest.raises(ValueError, match=r"out_unfinished/run.json was begun with num_prompts 4, not 5"):
