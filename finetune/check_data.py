@@ -3,9 +3,10 @@
     python -m finetune.check_data --data photos captions.jsonl "{path: 'shards-{000..012}.tar', max_rows: 100}"
     python -m finetune.check_data --data data.yaml --checkpoint pisces-tiny --max_length 512 --sheet preview.png
 
-Every record is read and every picture decoded, as training would. Exit code 0: all records can be used; 1: some
-cannot, or no row is short enough; 2: nothing could be checked. What is counted is in `data_report`, what data may look
-like in `docs/data.md`.
+With a checkpoint that draws, ten of the pictures that shall be drawn are encoded and decoded by it: what comes back is
+the best that finetuning can reach without training the decoder. Every record is read and every picture decoded, as
+training would. Exit code 0: all records can be used; 1: some cannot, or no row is short enough; 2: nothing could be
+checked. What is counted is in `finetune.data.report`, what data may look like in `docs/data.md`.
 """
 
 import argparse
@@ -25,6 +26,15 @@ from finetune.data.packing import token_lengths
 from finetune.data.report import SourceReport, plural
 from finetune.data.schema import BadRecord, DataError, printable
 from finetune.data.spec import DataSpec, parse_specs
+from finetune.guard.ceiling import (
+    MAX_PICTURES,
+    ceiling_sections,
+    ceiling_sentences,
+    describe_ceiling,
+    find_ceiling,
+)
+from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint
+from modeling_pisces.checkpoint.loading import load_pipeline, quiet_libraries
 from modeling_pisces.console.contact_sheet import make_contact_sheet
 from pisces_commands.arguments import LineParser, whole_number
 from pisces_commands.ending import EXIT_FAILED, EXIT_OK, CommandEnd, one_line_ending
@@ -43,7 +53,16 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SPEC",
         help='file, folder, hf:owner/name, YAML file, or keys in braces: "{path: photos, side: both}"',
     )
-    parser.add_argument("--checkpoint", help="folder or Hub id whose processor counts tokens; none: no lengths")
+    parser.add_argument(
+        "--checkpoint",
+        help="folder or Hub id: its processor counts tokens, its decoder shows what it can draw",
+    )
+    parser.add_argument(
+        "--reconstructions",
+        type=whole_number(0),
+        default=MAX_PICTURES,
+        help="drawn pictures of each source to encode and decode; 0 loads no model",
+    )
     parser.add_argument(
         "--max_length", type=whole_number(), help="tokens; longer rows are listed (default: what the tokenizer takes)"
     )
@@ -74,6 +93,7 @@ def check_source(
     max_length: int | None = None,
     limit: int | None = None,
     previews: bool = False,
+    num_samples: int = 0,
 ) -> SourceReport:
     """Read one source from begin to end.
 
@@ -84,8 +104,9 @@ def check_source(
         max_length: rows with more tokens are reported as too long.
         limit: records to read; None for all.
         previews: keep sample pictures.
+        num_samples: drawn pictures to keep in full, for the decoder.
     """
-    report = SourceReport(spec.label, max_length=max_length)
+    report = SourceReport(spec.label, max_length=max_length, num_samples=num_samples)
     records = tqdm(source.iter_checked(), desc=spec.label, unit=" records", delay=2, leave=False, disable=None)
     rows = report.read(records, limit, previews, processor)
     if processor is None:
@@ -119,12 +140,15 @@ def check(args: argparse.Namespace) -> int:
     if args.max_length and processor is None:
         raise DataError("--max_length needs --checkpoint, whose processor counts the tokens.")
     opened = [open_source(spec) for spec in specs]
+    num_samples = args.reconstructions if args.checkpoint else 0
     reports = [
-        check_source(spec, source, processor, max_length, args.limit, bool(args.sheet))
+        check_source(spec, source, processor, max_length, args.limit, bool(args.sheet), num_samples)
         if source is not None
         else SourceReport(spec.label, bad_records=bad_records)
         for spec, (source, bad_records) in zip(specs, opened, strict=True)
     ]
+    if any(report.samples for report in reports):
+        reconstruct_samples(reports, args.checkpoint)
     print_reports(reports, mixture_shares(specs, [source for source, _ in opened]), args.json)
     code = judge(reports)
     if args.sheet and (code == EXIT_OK or any(report.previews for report in reports)):
@@ -132,6 +156,29 @@ def check(args: argparse.Namespace) -> int:
     elif args.sheet:
         print(f"check_data: {args.sheet} was not written: no record can be shown", file=sys.stderr)
     return code
+
+
+def reconstruct_samples(reports: list[SourceReport], checkpoint: str) -> None:
+    """Let the checkpoint's decoder draw the samples of each report; without a decoder there is nothing to compare.
+
+    Raises:
+        DataError: there is a decoder, and it cannot be loaded.
+    """
+    try:
+        folder = find_checkpoint(checkpoint)
+        if not (folder / "model_index.json").is_file():
+            return
+        check_checkpoint(folder, with_decoder=True)
+        with quiet_libraries():
+            pipeline = load_pipeline(folder)
+    except ValueError as error:
+        raise DataError(f"--checkpoint {checkpoint}: {error} --reconstructions 0 leaves the decoder out.") from error
+    pipeline.set_progress_bar_config(disable=True)
+    for report in (report for report in reports if report.samples):
+        found = find_ceiling(pipeline, report.samples)
+        report.decoder = describe_ceiling(found)
+        report.decoder_lines = ceiling_sentences(report.decoder)
+        report.decoder_sections = ceiling_sections(found, report.name)
 
 
 def mixture_shares(specs: list[DataSpec], sources: list[Any]) -> dict[str, dict[str, Any]]:

@@ -42,6 +42,13 @@ class SourceReport:
     bad_records: list[BadRecord] = field(default_factory=list)
     unused: Counter = field(default_factory=Counter)  # fields that no row holds, and in how many records they stand
     max_length: int | None = None
+    num_samples: int = 0  # drawn pictures to keep, for what the decoder makes of them
+    samples: list[Image.Image] = field(default_factory=list)
+    decoder: dict[str, Any] | None = None
+    decoder_lines: list[str] = field(default_factory=list)
+    decoder_sections: list[Section] = field(default_factory=list)
+    _num_drawn_pictures: int = 0
+    _sampler: random.Random = field(default_factory=lambda: random.Random(0))
     previews: dict[str, list[Tile]] = field(default_factory=dict)
 
     def read(
@@ -64,6 +71,7 @@ class SourceReport:
                 self.bad_records.append(BadRecord(place, problem))
                 continue
             self._count(row)
+            self._sample(row)
             if with_previews:
                 self._preview(row, rng)
             yield without_pictures(row)
@@ -76,6 +84,16 @@ class SourceReport:
         self.num_drawn.append(drawn)
         self.sizes += [part["image"].size for _, part in iter_pictures(row)]
         self.row_ids.append(row["id"])
+
+    def _sample(self, row: Row) -> None:
+        """Keep a fair sample of the pictures that are to be drawn; a stream of its own keeps previews as they were."""
+        for part in (part for role, part in iter_pictures(row) if role == "assistant"):
+            self._num_drawn_pictures += 1
+            place = len(self.samples)
+            if place >= self.num_samples:
+                place = self._sampler.randrange(self._num_drawn_pictures)
+            if place < self.num_samples:
+                self.samples[place : place + 1] = [part["image"]]
 
     def _preview(self, row: Row, rng: random.Random) -> None:
         """Keep a fair sample of each side: every row has the same chance, whatever comes after it."""
@@ -116,6 +134,8 @@ class SourceReport:
             numbers["tokens"] = _spread(self.lengths)
             numbers["max_length"] = self.max_length
             numbers["too_long"] = [{"id": row_id, "tokens": length} for row_id, length in self.too_long]
+        if self.decoder is not None:
+            numbers["decoder"] = self.decoder
         numbers["unused"] = dict(self.unused.most_common())
         return numbers | {"bad_records": [record._asdict() for record in self.bad_records]}
 
@@ -136,6 +156,7 @@ class SourceReport:
                 for name in ("turns", "widths", "heights", "tokens")
                 if numbers.get(name)
             ]
+        lines += [f"  {'decoder' if place == 0 else '':<8}  {line}" for place, line in enumerate(self.decoder_lines)]
         if self.unused:
             lines.append(f"  not used  {describe_unused(self.unused)}")
         if self.too_long:
@@ -149,7 +170,8 @@ class SourceReport:
 
     def sections(self) -> list[Section]:
         """The previews, ready for a contact sheet."""
-        return [Section(f"{self.name}: {side}", self.previews.get(side, [])) for side in SIDES]
+        previews = [Section(f"{self.name}: {side}", self.previews.get(side, [])) for side in SIDES]
+        return [*self.decoder_sections, *previews]
 
 
 def _refused_by(processor: Any, row: Row) -> str | None:

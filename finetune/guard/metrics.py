@@ -58,7 +58,7 @@ def measure_drawing(
     metrics = {"image_loss": _losses(model, processor, rows, batch_size)["image_loss"]}
     exchanges = [drawing_exchange(row) for row in rows]
     drawn = draw_vectors(model, processor, [prompt for prompt, _ in exchanges], batch_size)
-    wanted = _encode(model, processor, [picture for _, picture in exchanges], batch_size)
+    wanted = encode_pictures(model, processor, [picture for _, picture in exchanges], batch_size)
     spread = (wanted - wanted.mean((0, 1))).square().mean()
     metrics["vector_r2"] = float(1 - (drawn - wanted).square().mean() / spread)
     metrics["vector_cosine"] = float(torch.nn.functional.cosine_similarity(drawn, wanted, dim=-1).mean())
@@ -158,7 +158,8 @@ def draw_vectors(model: Any, processor: Any, prompts: Sequence[list[dict]], batc
     return torch.cat(drawn)
 
 
-def _encode(model: Any, processor: Any, pictures: list, batch_size: int) -> torch.Tensor:
+def encode_pictures(model: Any, processor: Any, pictures: list, batch_size: int = 32) -> torch.Tensor:
+    """The generation vectors of pictures: (B, M, Dg), fp32 on the CPU."""
     encoded = []
     for chunk in _batches(pictures, batch_size):
         pixels = processor(gen_images=list(chunk), return_tensors="pt")["gen_pixel_values"].to(_device(model))

@@ -14,6 +14,9 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
+from finetune.guard.ceiling import MAX_PICTURES, ceiling_sentences, describe_ceiling, drawn_pictures, find_ceiling
+from finetune.guard.guard import base_of
+from finetune.guard.pictures import load_decoder
 from finetune.training.adapters import trainable_parameters
 from finetune.training.recipe import Rows
 
@@ -35,8 +38,27 @@ def print_report(
     print(parameter_table(model))
     print("example   the first row; what carries a loss stands in >> <<, a picture as its placeholder and a count")
     print(mark_targets(batch, processor))
+    for place, line in enumerate(describe_decoder(rows, processor, model, training)):
+        print(f"{'decoder' if place == 0 else '':<8}  {line}")
     print(f"memory    {describe_memory(model, rows, batch, training)}")
     print("nothing was trained and nothing was written")
+
+
+def describe_decoder(rows: Rows, processor: Any, model: Any, training: TrainingArguments) -> list[str]:
+    """What the checkpoint's decoder can draw of the first pictures that these rows draw; nothing without either."""
+    pictures = drawn_pictures(islice(iter_items(rows.dataset), MAX_PICTURES))
+    base = base_of(model)
+    if not pictures or not base.config._name_or_path:
+        return []
+    trust = {"trust_remote_code": getattr(training, "trust_remote_code", False)}
+    decoder = load_decoder(base.config._name_or_path, base, processor, **trust)
+    if decoder is None:
+        return []
+    was_training = model.training
+    model.eval()
+    found = find_ceiling(decoder, pictures)
+    model.train(was_training)
+    return ceiling_sentences(describe_ceiling(found))
 
 
 def iter_items(dataset: Any) -> Iterator[Any]:
