@@ -1,9 +1,12 @@
 """`modeling_pisces/console/contact_sheet.py`: every picture is on the sheet, readable, and captions stay inside their column."""
 
+import time
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
+from modeling_pisces.console import contact_sheet
 from modeling_pisces.console.contact_sheet import MARGIN, Section, Tile, _fit, _wrap, make_contact_sheet
 
 
@@ -60,3 +63,36 @@ def test_long_captions_end_in_dots():
     for text in ("word " * 500, "w" * 500):
         lines = _wrap(text, font, 100, max_lines=5)
         assert len(lines) == 5 and lines[-1].endswith(" ...") and font.getlength(lines[-1]) <= 100
+
+
+def test_one_word_of_many_letters_costs_no_time():
+    start = time.perf_counter()
+    sheet = make_contact_sheet([Section("One", [Tile(solid(COLORS[0]), "w" * 300_000)])])
+    assert time.perf_counter() - start < 2  # 0.02 s; two minutes for 3,000 letters before
+    assert sheet.height < 1000
+
+
+def test_letters_that_no_font_has_are_named_at_the_foot(monkeypatch):
+    monkeypatch.setattr(contact_sheet, "_fonts", lambda size: [ImageFont.load_default(size)])
+    plain = make_contact_sheet([Section("One", [Tile(solid(COLORS[0]), "a cat")])])
+    tiles = [Tile(solid(COLORS[0]), words) for words in ("a cat", "\u732b", "\u732b \u72ac")]
+    assert contact_sheet._footnote([Section("One", tiles)], 10_000) == [
+        "2 captions have letters that no font here can show, as boxes: U+72AC, U+732B. Install a Noto font."
+    ]
+    assert contact_sheet._footnote([Section("One", tiles[:2])], 10_000)[0].startswith("1 caption has letters")
+    assert make_contact_sheet([Section("One", tiles)]).height > plain.height
+    assert not contact_sheet._footnote([Section("One", tiles[:1])], 10_000)
+
+
+def test_a_font_of_the_machine_shows_what_the_built_in_one_lacks(monkeypatch):
+    has_it = ImageFont.load_default(20)  # stands for a font with the letter
+    monkeypatch.setattr(contact_sheet, "_fonts", lambda size: [ImageFont.load_default(size), has_it])
+    monkeypatch.setattr(contact_sheet, "_lacks", lambda font, letter: letter == "\u732b" and font is not has_it)
+    assert contact_sheet._choose_font("\u732b", 13) is has_it
+    assert contact_sheet._choose_font("a cat", 13) is not has_it
+
+
+def test_letters_that_a_font_has_are_told_from_those_that_it_lacks():
+    font = ImageFont.load_default(13)
+    assert contact_sheet._missing("a cat, 2 dogs.\n", font) == set()
+    assert contact_sheet._missing("\u732b e\u0301", font) == {"\u732b"}
