@@ -16,6 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from trl import ModelConfig
 
+from finetune.flags.names import quiet_old_names
 from finetune.flags.ranges import check_ranges
 from modeling_pisces import PISCES_QUANT_SKIP_MODULES, PiscesForConditionalGeneration
 
@@ -113,7 +114,8 @@ def add_adapter(
         target_modules=targets,
         modules_to_save=modules_to_save,
     )  # without a task_type: PEFT's classes for tasks know nothing of drawing
-    adapted = get_peft_model(model, config)
+    with quiet_old_names():
+        adapted = get_peft_model(model, config)
     train_in_full_precision(adapted)
     return adapted
 

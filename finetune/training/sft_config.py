@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from finetune.flags.names import use_new_names
 from finetune.flags.ranges import check_ranges
 
 
@@ -58,6 +59,7 @@ class PiscesSFTConfig(SFTConfig):
             self.bf16 = torch.accelerator.is_available() and not self.fp16 and not self.use_cpu
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
+        use_new_names(self)
         super().__post_init__()
         if self.accelerator_config.dispatch_batches is None:
             # of streams rank 0 would make all batches and join them, though their rows differ in length

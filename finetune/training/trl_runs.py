@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 
+from finetune.flags.names import use_new_names
 from finetune.flags.ranges import check_ranges
 from finetune.training.adapter_card import write_card
 from finetune.training.adapters import train_in_full_precision
@@ -65,6 +66,7 @@ class RunDefaults(TrainingArguments):
             self.bf16 = torch.accelerator.is_available() and not self.fp16 and not self.use_cpu
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
+        use_new_names(self)
         super().__post_init__()
 
 
