@@ -22,9 +22,9 @@ import modeling_pisces  # noqa: F401  registers the Auto classes
 from finetune.data.collator import PiscesDataCollator
 from finetune.data.picture_cache import PictureCache, fingerprint
 from finetune.flags.parsing import parse_flags_of, run_command
+from finetune.parts.stages import StageConversations, read_rows
 from finetune.parts.trainer import CurveCallback, RunArguments, WeightAverage, WholeCheckpoints, write_results
 from finetune.precompute import precompute
-from finetune.tiny.stages import StageConversations, read_rows
 from finetune.training.checkpoints import last_complete_checkpoint
 from modeling_pisces import PiscesForConditionalGeneration
 from pisces_commands.writing import whole_files

@@ -83,7 +83,6 @@ FLOORS = {
         "preferences": {"data", "flags", "guard", "training"},
         "scenes": set(),
         "parts": {"data", "flags", "scenes", "training"},
-        "tiny": {"data", "flags", "parts", "scenes", "training"},
     },
     "conversion": {
         "storage": set(),
@@ -221,7 +220,7 @@ def test_files_are_written_in_one_place():
         "modeling_pisces/hub/export.py",
         "modeling_pisces/pipeline_pisces.py",
         "pisces_commands/writing.py",
-        "finetune/tiny/assemble.py",
+        "finetune/parts/assemble.py",
         "evaluation/study/steps.py",  # the log of a step
         "evaluation/understanding/harness.py",  # logs of the harness
         "benchmarks/assemble.py",  # in a temporary folder

@@ -94,7 +94,7 @@ class Start:
 
     @property
     def flags(self) -> list[str]:
-        """For `finetune.tiny assemble`, but for the folders."""
+        """For `finetune.parts assemble`, but for the folders."""
         layer = ["--vision_feature_layer", "-1"] if self.vision_tower == "gen_vision_tower" else []
         return ["--gen_pool_stride", str(self.pool_stride), "--gen_loss_type", self.loss, *layer]
 

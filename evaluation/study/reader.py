@@ -26,7 +26,7 @@ from pisces_commands.writing import write_json, write_whole
 
 
 NUM_PLACES = 9
-VECTOR_NOISE = 0.15  # what `finetune.train_decoder` adds to the vectors that its U-Net learns from
+VECTOR_NOISE = 0.15  # what `finetune.parts.decoder` adds to the vectors that its U-Net learns from
 SETTINGS_FILE, WEIGHTS_FILE = "reader.json", "reader.safetensors"
 
 

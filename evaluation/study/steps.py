@@ -63,7 +63,7 @@ class Plan:
             "heldout": ("heldout", 1, budget.num_heldout),
         }
         steps = [self._scenes(name, *settings) for name, settings in splits.items()]
-        towers = ("finetune.tiny", "towers", "--checkpoint", self.model, "--output", str(self.work / "towers"))
+        towers = ("finetune.parts", "towers", "--checkpoint", self.model, "--output", str(self.work / "towers"))
         return [*steps, Step(self.work / "towers", towers)]
 
     def _scenes(self, name: str, split: str, seed: int, num_scenes: int) -> Step:
@@ -76,7 +76,7 @@ class Plan:
         folder, start = self.work / "start" / f"{name}-{seed}", STARTS[name]
         sizes = f"--hidden_size {self.budget.hidden_size} --num_hidden_layers {self.budget.num_hidden_layers}"
         command = [
-            *("finetune.tiny", "assemble", "--data", str(self.work / "train"), "--output", str(folder)),
+            *("finetune.parts", "assemble", "--data", str(self.work / "train"), "--output", str(folder)),
             *("--vision_tower", str(self.work / "towers" / start.vision_tower)),
             *("--gen_vision_tower", str(self.work / "towers" / start.gen_vision_tower)),
             *("--gen_head_type", "mlp", "--whiten", "--seed", str(seed), *sizes.split(), *start.flags),

@@ -1,6 +1,6 @@
 """The autoencoder between pixels and the latents that the decoder's U-Net diffuses: its losses and its whitening.
 
-`finetune.train_decoder` runs what is here: the autoencoder learns, then its latents are whitened and frozen.
+`finetune.parts.decoder` runs what is here: the autoencoder learns, then its latents are whitened and frozen.
 """
 
 # I pictures, h side of a latent

@@ -2,7 +2,7 @@
 
 A data folder is what `python -m finetune.scenes` writes: `scenes.jsonl` beside `images/`. Everything is read once into
 memory as uint8 (12 KB per 64 px picture), because decoding PNG files again each epoch costs more than a training step
-of these small models. `finetune.train_gen_encoder`, `train_decoder` and `train_vision` read from here; the language
+of these small models. `finetune.parts.gen_encoder`, `decoder` and `vision` read from here; the language
 model's recipe reads the same folder in its own way.
 """
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # pisces-tiny from nothing: scenes, stage 0, the three stages, the finished folder, its score. See docs/tiny.md.
 #
-#   bash finetune/tiny.sh [WORK]      WORK defaults to runs/tiny; about 4.5 hours on two processor cores
+#   bash finetune/tiny/tiny.sh [WORK]      WORK defaults to runs/tiny; about 4.5 hours on two processor cores
 #
 # Each step is skipped when its result is there, and resumes from its last checkpoint when it was stopped: run it again.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 work=${1:-runs/tiny}
 python=${PYTHON:-.venv/bin/python}
 bf16=${BF16:-true} # bf16 products: twice as fast with avx512_bf16 or a GPU; set BF16=false on other processors
@@ -32,20 +32,20 @@ scenes() { # NAME ARGUMENTS...
 
 vision_tower_and_autoencoder() {
     step "understanding tower" "$work/vision_tower/model.safetensors" \
-        $python -m finetune.train_vision $data --output "$work/vision_tower" --max_steps 5000
+        $python -m finetune.parts.vision $data --output "$work/vision_tower" --max_steps 5000
     step "autoencoder" "$work/decoder/vae/config.json" \
-        $python -m finetune.train_decoder --part vae $data --output "$work/decoder/vae" \
+        $python -m finetune.parts.decoder --part vae $data --output "$work/decoder/vae" \
         --max_steps 1500 --batch_size 32 --learning_rate 2e-3 --warmup_steps 100 --ema_decay 0.99 --eval_steps 250 --log_steps 25
 }
 
 generation_tower() {
     step "generation tower" "$work/gen_encoder/model.safetensors" \
-        $python -m finetune.train_gen_encoder $data --output "$work/gen_encoder" --max_steps 10000
+        $python -m finetune.parts.gen_encoder $data --output "$work/gen_encoder" --max_steps 10000
 }
 
 decoder() {
     step "U-Net" "$work/decoder/unet/.done" \
-        $python -m finetune.train_decoder --part unet $data --output "$work/decoder/unet" \
+        $python -m finetune.parts.decoder --part unet $data --output "$work/decoder/unet" \
         --gen_encoder "$work/gen_encoder" --vae "$work/decoder/vae" \
         --max_steps 10000 --batch_size 32 --learning_rate 1e-3 --warmup_steps 300 --ema_decay 0.999 --eval_steps 1000
     touch "$work/decoder/unet/.done"
@@ -53,7 +53,7 @@ decoder() {
 
 three_stages() {
     step "assembly" "$work/start/config.json" \
-        $python -m finetune.tiny assemble --data "$work/scenes" --vision_tower "$work/vision_tower" \
+        $python -m finetune.parts assemble --data "$work/scenes" --vision_tower "$work/vision_tower" \
         --gen_vision_tower "$work/gen_encoder" --output "$work/start"
     step "stage 1, short captions" "$work/stage1/results.json" \
         $python -m finetune.train_stages --stage pretrain --checkpoint "$work/start" --output "$work/stage1" $stage \
@@ -90,7 +90,7 @@ wait $second
 review
 
 step "finished folder" "$work/pisces-tiny/model_index.json" \
-    $python -m finetune.tiny finish --checkpoint "$work/review" --decoder "$work/decoder" --output "$work/pisces-tiny"
+    $python -m finetune.parts finish --checkpoint "$work/review" --decoder "$work/decoder" --output "$work/pisces-tiny"
 for split in shown heldout; do
     step "score: $split" "$work/pisces-tiny-$split.json" \
         $python -m evaluation.scenes --model "$work/pisces-tiny" --data "$work/$split" --output "$work/pisces-tiny-$split.json"

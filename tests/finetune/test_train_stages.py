@@ -1,4 +1,4 @@
-"""Claims about `finetune.tiny.stages`, `finetune.train_stages` and `finetune.tiny`, at toy size."""
+"""Claims about `finetune.parts.stages`, `finetune.train_stages` and `finetune.parts`, at toy size."""
 
 import json
 import random
@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from finetune.data.collator import PiscesDataCollator
+from finetune.parts import assemble as tiny
 from finetune.parts.pictures import load_pictures, to_pixel_values
+from finetune.parts.stages import StageConversations, _sample_questions
 from finetune.scenes.render import write_scenes
-from finetune.tiny import assemble as tiny
-from finetune.tiny.stages import StageConversations, _sample_questions
 from finetune.train_stages import StageArguments, train_stage
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
 from tests.fixtures import make_model
@@ -32,7 +32,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(data, tmp_path_factory) -> Path:
-    """A checkpoint as `finetune.tiny assemble` writes it, with small random towers."""
+    """A checkpoint as `finetune.parts assemble` writes it, with small random towers."""
     folder = tmp_path_factory.mktemp("start")
     torch.manual_seed(0)
     vision = SiglipVisionConfig(image_size=64, patch_size=16, vision_use_head=False, **SMALL)

@@ -60,21 +60,21 @@ COMMANDS = (
         "keep_settings",
     ),
     Command("finetune.train_stages", _RUN + " --checkpoint {d}/model", "train_stage"),
-    Command("finetune.train_gen_encoder", _RUN, "load_pictures"),
-    Command("finetune.train_decoder", _RUN, "load_pictures"),
-    Command("finetune.train_vision", _RUN, "load_pictures"),
+    Command("finetune.parts.gen_encoder", _RUN, "load_pictures"),
+    Command("finetune.parts.decoder", _RUN, "load_pictures"),
+    Command("finetune.parts.vision", _RUN, "load_pictures"),
     Command("finetune.check_data", "--data {d}/data.jsonl", "open_source"),
     Command("finetune.precompute", "--checkpoint {d}/model --data {d}/data.jsonl --output {d}/out", "load_data"),
     Command("finetune.scenes.render", "--output {d}/out --num_scenes 2", "write_scenes"),
     Command("finetune.scenes.new_concept", "--output {d}/out", "write_concept"),
     Command(
-        "finetune.tiny.assemble",
+        "finetune.parts.assemble",
         "assemble --data {d}/data --vision_tower {d}/a --gen_vision_tower {d}/b --output {d}/out",
         "assemble",
     ),
-    Command("finetune.tiny.assemble", "towers --checkpoint {d}/model --output {d}/out", "split_towers"),
+    Command("finetune.parts.assemble", "towers --checkpoint {d}/model --output {d}/out", "split_towers"),
     Command(
-        "finetune.tiny.assemble", "finish --checkpoint {d}/model --decoder {d}/decoder --output {d}/out", "finish"
+        "finetune.parts.assemble", "finish --checkpoint {d}/model --decoder {d}/decoder --output {d}/out", "finish"
     ),
     Command("benchmarks.lora_step", _BENCHMARK, "measure_understanding"),
     Command("benchmarks.lora_gpu", _BENCHMARK + " --preset tiny --device cpu", "make_adapted"),

@@ -10,19 +10,20 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, Dinov2Config, SiglipVisionConfig, SiglipVisionModel
 
-from finetune import train_gen_encoder, train_vision
+from finetune.parts import gen_encoder as gen_encoder_recipe
+from finetune.parts import vision as vision_recipe
+from finetune.parts.gen_encoder import grid_positions, phrase_ids
 from finetune.parts.pictures import TensorRows, edge_strength, load_pictures, patch_labels, to_pixel_values, to_uint8
 from finetune.parts.trainer import RunArguments, WeightAverage, train
 from finetune.parts.whitening import pooled_vectors, whiten_output
 from finetune.scenes.render import main as write_scenes
-from finetune.train_gen_encoder import grid_positions, phrase_ids
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
 from pisces_commands.measurement import describe_hardware
 
 
 latents_of = pytest.importorskip("finetune.parts.latents", reason="the decoder's recipe needs diffusers")
-train_decoder = pytest.importorskip("finetune.train_decoder", reason="the decoder's recipe needs diffusers")
+decoder_recipe = pytest.importorskip("finetune.parts.decoder", reason="the decoder's recipe needs diffusers")
 
 NUM_SCENES = 32
 SMALL_RUN = [
@@ -51,7 +52,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gen_encoder(scenes, tmp_path_factory):
     """The folder that the generation encoder's recipe leaves after 30 steps."""
-    return run_recipe(train_gen_encoder, scenes, tmp_path_factory.mktemp("gen_encoder"), "30", *SMALL_TOWER)
+    return run_recipe(gen_encoder_recipe, scenes, tmp_path_factory.mktemp("gen_encoder"), "30", *SMALL_TOWER)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,9 @@ def decoder(scenes, gen_encoder, tmp_path_factory):
     """A decoder folder with `vae`, `unet` and `scheduler`, after some steps each."""
     folder = tmp_path_factory.mktemp("decoder")
     sizes = ["--vae_channels", "8", "16", "16", "--unet_channels", "16", "32", "--num_sampling_steps", "2"]
-    vae = run_recipe(train_decoder, scenes, folder / "vae", "12", "--part", "vae", *sizes)
+    vae = run_recipe(decoder_recipe, scenes, folder / "vae", "12", "--part", "vae", *sizes)
     parts = ["--gen_encoder", str(gen_encoder), "--vae", str(vae)]
-    run_recipe(train_decoder, scenes, folder / "unet", "30", "--part", "unet", *parts, *sizes)
+    run_recipe(decoder_recipe, scenes, folder / "unet", "30", "--part", "unet", *parts, *sizes)
     return folder
 
 
@@ -94,7 +95,7 @@ def test_unet_recipe_learns(decoder):
 
 
 def test_vision_recipe_learns_and_saves_a_stock_tower_without_a_head(scenes, tmp_path):
-    run_recipe(train_vision, scenes, tmp_path, "30", *SMALL_TOWER)
+    run_recipe(vision_recipe, scenes, tmp_path, "30", *SMALL_TOWER)
     assert_learned(tmp_path)
     tower = SiglipVisionModel.from_pretrained(tmp_path)
     assert tower(torch.zeros(2, 3, 64, 64)).last_hidden_state.shape == (2, 64, 32)
@@ -103,7 +104,7 @@ def test_vision_recipe_learns_and_saves_a_stock_tower_without_a_head(scenes, tmp
 
 def test_results_tell_how_the_run_was_made(gen_encoder):
     results = json.loads((gen_encoder / "results.json").read_text())
-    assert results["recipe"] == "train_gen_encoder"
+    assert results["recipe"] == "gen_encoder"
     assert results["seed"] == 0 and results["arguments"]["max_steps"] == 30
     assert results["hardware"] == describe_hardware()
     assert results["wall_time_s"] > 0 and "commit" in results and "--max_steps" not in results["metrics"]
@@ -112,18 +113,18 @@ def test_results_tell_how_the_run_was_made(gen_encoder):
 
 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(scenes, tmp_path):
-    run_recipe(train_vision, scenes, tmp_path, "6", "--save_steps", "3", *SMALL_TOWER)
+    run_recipe(vision_recipe, scenes, tmp_path, "6", "--save_steps", "3", *SMALL_TOWER)
     whole, losses = load_file(tmp_path / "model.safetensors"), losses_of(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-6")
-    run_recipe(train_vision, scenes, tmp_path, "6", "--save_steps", "3", *SMALL_TOWER)
+    run_recipe(vision_recipe, scenes, tmp_path, "6", "--save_steps", "3", *SMALL_TOWER)
     resumed = load_file(tmp_path / "model.safetensors")
     assert losses_of(tmp_path) == losses
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_no_resume_starts_again(scenes, tmp_path):
-    run_recipe(train_vision, scenes, tmp_path, "3", "--save_steps", "3", *SMALL_TOWER)
-    run_recipe(train_vision, scenes, tmp_path, "3", "--save_steps", "3", "--no_resume", "--seed", "1", *SMALL_TOWER)
+    run_recipe(vision_recipe, scenes, tmp_path, "3", "--save_steps", "3", *SMALL_TOWER)
+    run_recipe(vision_recipe, scenes, tmp_path, "3", "--save_steps", "3", "--no_resume", "--seed", "1", *SMALL_TOWER)
     assert [point["step"] for point in json.loads((tmp_path / "results.json").read_text())["curve"]][:2] == [1, 2]
 
 
@@ -210,17 +211,17 @@ def test_the_decoder_folder_loads_and_samples_pictures(scenes, gen_encoder, deco
     assert float(scheduler.alphas_cumprod[-1]) == 0.0  # the last step holds no signal at all
     tower = PiscesGenVisionModel.from_pretrained(gen_encoder)
     vectors = pooled_vectors(tower, load_pictures(scenes, limit=3).pictures, stride=2)
-    run = train_decoder.DecoderArguments(data="", output="", num_sampling_steps=2)
-    latents = train_decoder.UNetTraining(unet.eval(), scheduler, run).sample(vectors)
+    run = decoder_recipe.DecoderArguments(data="", output="", num_sampling_steps=2)
+    latents = decoder_recipe.UNetTraining(unet.eval(), scheduler, run).sample(vectors)
     assert latents.shape == (3, 4, 16, 16)
     assert vae.decode(latents / vae.config.scaling_factor).sample.shape == (3, 3, 64, 64)
 
 
 def test_parts_that_build_on_others_say_which_folder_is_missing(scenes, tmp_path):
     with pytest.raises(ValueError, match="--part unet needs --gen_encoder, the folder that"):
-        run_recipe(train_decoder, scenes, tmp_path, "1", "--part", "unet")
+        run_recipe(decoder_recipe, scenes, tmp_path, "1", "--part", "unet")
     with pytest.raises(ValueError, match="--part unet needs --vae, the folder that --part vae wrote"):
-        run_recipe(train_decoder, scenes, tmp_path, "1", "--part", "unet", "--gen_encoder", str(tmp_path))
+        run_recipe(decoder_recipe, scenes, tmp_path, "1", "--part", "unet", "--gen_encoder", str(tmp_path))
 
 
 def test_pixels_survive_the_way_to_values_and_back():

@@ -21,7 +21,7 @@ def read_settings(folder) -> dict:
 
 
 def set_values(model, **values):
-    """As finetune.tiny sets its own: on the object that transformers derived from the model config."""
+    """As finetune.parts sets its own: on the object that transformers derived from the model config."""
     model.generation_config.update(**values)
     for name, value in values.items():
         setattr(model.generation_config, name, value)
@@ -112,7 +112,7 @@ def test_what_merging_and_quantizing_carry_along_has_no_flag_and_every_value(fla
 @pytest.mark.parametrize(("head", "expected"), [("flow", 0.3), ("mlp", None)])
 def test_the_finished_pisces_tiny_ships_a_temperature_where_the_head_samples(head, expected, tmp_path):
     pytest.importorskip("diffusers")
-    from finetune.tiny.assemble import finish
+    from finetune.parts.assemble import finish
     from tests.hub_folders import make_pipeline
 
     set_values(make_model(gen_head_type=head), max_new_tokens=64).save_pretrained(tmp_path / "review")

@@ -1,6 +1,6 @@
 """Stage 0, part 2: the diffusion decoder, which paints pixels from the frozen generation encoder's pooled vectors.
 
-`python -m finetune.train_decoder --part vae ...` trains the small autoencoder whose latents are diffused, and `--part
+`python -m finetune.parts.decoder --part vae ...` trains the small autoencoder whose latents are diffused, and `--part
 unet` the U-Net on latents and vectors computed once. The language model has no part in it (paper: the decoder is
 trained as an autoencoder of the generation encoder). `vae` and `unet` in one folder, with the `scheduler`
 that the U-Net's run adds there, are a whole decoder for `PiscesPipeline`.
@@ -140,7 +140,7 @@ def train_vae(run: DecoderArguments, data: PictureData, heldout: PictureData) ->
     metrics = run_evaluation(model, measure)
     with whole_files(output) as folder:
         vae.save_pretrained(folder)
-    write_results(run, "train_decoder vae", curve, metrics)
+    write_results(run, "decoder vae", curve, metrics)
     return metrics
 
 
@@ -153,7 +153,7 @@ def _load_vae(run: DecoderArguments) -> AutoencoderKL:
 def train_unet(run: DecoderArguments, data: PictureData, heldout: PictureData) -> Metrics:
     """Precompute latents and vectors, then train and save the U-Net and its scheduler."""
     if run.gen_encoder is None:
-        raise ValueError("--part unet needs --gen_encoder, the folder that finetune.train_gen_encoder wrote.")
+        raise ValueError("--part unet needs --gen_encoder, the folder that finetune.parts.gen_encoder wrote.")
     vae = _load_vae(run)
     tower = PiscesGenVisionModel.from_pretrained(run.gen_encoder)
     latents, vectors = encode_latents(vae, data.pictures), pooled_vectors(tower, data.pictures, run.pool_stride)
@@ -175,7 +175,7 @@ def train_unet(run: DecoderArguments, data: PictureData, heldout: PictureData) -
 
     curve = train(model, TensorRows(latents=latents, vectors=vectors), run, measure)
     metrics = run_evaluation(model, measure)
-    write_results(run, "train_decoder unet", curve, metrics)
+    write_results(run, "decoder unet", curve, metrics)
     return metrics
 
 

@@ -1,6 +1,6 @@
 """Stage 0, for the other path: warm up the understanding tower with dense labels before the language model reads it.
 
-`python -m finetune.train_vision --data DIR --output DIR` writes a stock `SiglipVisionModel`. Each patch learns to name
+`python -m finetune.parts.vision --data DIR --output DIR` writes a stock `SiglipVisionModel`. Each patch learns to name
 the object it shows (shape, colour, size), and where that object's centre lies; the mean of the patches learns the
 background and the number of objects. All these heads are thrown away: what stays is a tower whose vectors have the
 words within reach of one linear layer. Real checkpoints start from a pretrained tower and skip this recipe.
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> Metrics:
     metrics = run_evaluation(model, lambda: held_out_metrics(model, heldout))
     with whole_files(run.output) as folder:
         model.tower.save_pretrained(folder)
-    write_results(run, "train_vision", curve, metrics)
+    write_results(run, "vision", curve, metrics)
     return metrics
 
 

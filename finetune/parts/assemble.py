@@ -1,8 +1,8 @@
 """The parts of pisces-tiny put together: tokenizer from the scene texts, processor, configuration, first checkpoint.
 
-`python -m finetune.tiny assemble` reads the towers that stage 0 trained and writes the checkpoint that the three
-stages start from; `python -m finetune.tiny finish` adds the decoder to the last stage's checkpoint. The order of all
-commands, with their settings, stands in `finetune/tiny/tiny.sh`. `python -m finetune.tiny towers` takes the towers out
+`python -m finetune.parts assemble` reads the towers that stage 0 trained and writes the checkpoint that the three
+stages start from; `python -m finetune.parts finish` adds the decoder to the last stage's checkpoint. The order of all
+commands, with their settings, stands in `finetune/tiny/tiny.sh`. `python -m finetune.parts towers` takes the towers out
 of a checkpoint again, to start from them without stage 0; `evaluation.study` does so.
 """
 
@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from finetune.parts.pictures import load_pictures
+from finetune.parts.stages import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
 from finetune.parts.whitening import whiten_output
-from finetune.tiny.stages import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
 from modeling_pisces.configuration_pisces import read_generation_config
 from modeling_pisces.modeling_pisces_heads import GEN_HEADS
@@ -243,7 +243,7 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
         scheduler=DDIMScheduler.from_pretrained(decoder / "scheduler"),
         default_num_inference_steps=20,
         default_guidance_scale=GUIDANCE_SCALE,
-        default_negative="zeros",  # `finetune.train_decoder` drops vectors to zeros
+        default_negative="zeros",  # `finetune.parts.decoder` drops vectors to zeros
     )
     with whole_files(output) as folder:
         for path in sorted(checkpoint.iterdir()):

@@ -1,9 +1,9 @@
 """Stage 0, part 1: train the generation encoder ("gen-CLIP") by masked reconstruction and contrast with captions.
 
-`python -m finetune.train_gen_encoder --data DIR --output DIR` writes a `PiscesGenVisionModel` whose pooled vectors
+`python -m finetune.parts.gen_encoder --data DIR --output DIR` writes a `PiscesGenVisionModel` whose pooled vectors
 have mean 0 and standard deviation 1 per channel over the training pictures. The reconstruction reads only the *pooled*
 vectors, because they are all that the language model will predict and all that the decoder will see. The small
-networks that make the losses are thrown away. The diffusion decoder is `finetune.train_decoder`'s business.
+networks that make the losses are thrown away. The diffusion decoder is `finetune.parts.decoder`'s business.
 """
 
 # I pictures, P patches, M pooled vectors, Dg width of a pooled vector, D width of the throw-away networks
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> Metrics:
     whiten_output(model.tower, data.pictures, run.pool_stride)
     with whole_files(output) as folder:
         model.tower.save_pretrained(folder)
-    write_results(run, "train_gen_encoder", curve, metrics)
+    write_results(run, "gen_encoder", curve, metrics)
     return metrics
 
 
