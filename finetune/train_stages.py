@@ -1,4 +1,4 @@
-"""The paper's three stages on a data folder: short captions, detailed captions, instructions; both sides in each.
+"""The paper's three stages on captioned pictures: short captions, detailed captions, instructions; both sides in each.
 
 Run as `python -m finetune.train_stages --stage pretrain --checkpoint START --data DATA --output OUT`. Both towers stay
 frozen; the language model, both projectors and the generation head are trained. Reads a checkpoint folder, writes one.
@@ -22,7 +22,8 @@ import modeling_pisces  # noqa: F401  registers the Auto classes
 from finetune.data.collator import PiscesDataCollator
 from finetune.data.picture_cache import PictureCache, fingerprint
 from finetune.flags.parsing import parse_flags_of, run_command
-from finetune.parts.stages import StageConversations, read_rows
+from finetune.parts.captioned import PictureData, load_pictures, prepared_folder
+from finetune.parts.stages import StageConversations
 from finetune.parts.trainer import CurveCallback, RunArguments, WeightAverage, WholeCheckpoints, write_results
 from finetune.precompute import precompute
 from finetune.training.checkpoints import last_complete_checkpoint
@@ -85,16 +86,30 @@ class PiscesTrainer(WholeCheckpoints):
         super().log(logs, *args, **kwargs)
 
 
-def encoded_pictures(model, processor, folder: Path) -> torch.Tensor:
-    """The pooled vectors of every picture of a data folder, (pictures, M, Dg).
+def stage_pictures(run: StageArguments, model) -> tuple[PictureData, Path]:
+    """The pictures at the towers' size, and the folder that holds them.
 
-    The towers are frozen, so one pass serves all stages: they are kept in the folder, under the tower's name.
+    Raises:
+        ValueError: the towers take pictures of different sizes, or the data cannot be read.
     """
-    paths = [row["image"] for row in read_rows(folder)]
+    config = model.config
+    sizes = {part.image_size for part in (config.vision_config, config.gen_vision_config)}
+    if len(sizes) > 1:
+        raise ValueError(f"{run.checkpoint}: towers for pictures of {sorted(sizes)} pixels; the stages need one size.")
+    folder = prepared_folder(run.data) or Path(run.output) / "pictures"
+    return load_pictures(run.data, sizes.pop(), folder=folder), folder
+
+
+def encoded_pictures(model, processor, data: PictureData, folder: Path) -> torch.Tensor:
+    """The pooled vectors of every picture, (pictures, M, Dg).
+
+    The towers are frozen, so one pass serves all stages: they are kept beside the pictures, under the tower's name.
+    """
+    pictures = [picture.permute(1, 2, 0).numpy() for picture in data.pictures]  # views of the file
     made_with = json.dumps(fingerprint("gen_vectors", model, processor), sort_keys=True)
     cache = PictureCache(folder / f"gen_vectors-{hashlib.sha256(made_with.encode()).hexdigest()[:16]}")
-    precompute(model, processor, paths, cache, "gen_vectors", batch_size=256)
-    return torch.stack([cache.get("gen_vectors", path) for path in paths])
+    precompute(model, processor, pictures, cache, "gen_vectors", batch_size=256)
+    return torch.stack([cache.get("gen_vectors", picture) for picture in pictures])
 
 
 def freeze_towers(model) -> None:
@@ -151,9 +166,10 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
     model.config.gen_input_noise = run.input_noise
     arguments = training_arguments(run)
     with arguments.main_process_first(desc="encoding pictures"):
-        vectors = torch.cat([encoded_pictures(model, processor, Path(folder)) for folder in run.data])
+        data, folder = stage_pictures(run, model)
+        vectors = encoded_pictures(model, processor, data, folder)
     rows = StageConversations(
-        run.data,
+        data,
         run.stage,
         num_rows=run.max_steps * run.batch_size * len(run.pattern) * arguments.world_size,
         batch_size=run.batch_size,

@@ -104,6 +104,7 @@ FLOORS = {
 COMMANDS_IN_COMMANDS = {
     "finetune.rejection_sampling": {"finetune.best_of_n", "finetune.lora_generation"},
     "finetune.train_stages": {"finetune.precompute"},
+    "finetune.from_scratch": {"finetune.train_stages"},
 }
 
 
@@ -221,6 +222,7 @@ def test_files_are_written_in_one_place():
         "modeling_pisces/pipeline_pisces.py",
         "pisces_commands/writing.py",
         "finetune/parts/assemble.py",
+        "finetune/parts/captioned.py",
         "evaluation/study/steps.py",  # the log of a step
         "evaluation/understanding/harness.py",  # logs of the harness
         "benchmarks/assemble.py",  # in a temporary folder

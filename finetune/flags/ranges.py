@@ -142,6 +142,10 @@ TABLES: dict[str, dict[str, Range]] = {
         "vae_channels": COUNT,
         "unet_channels": COUNT,
         "vector_dropout": SHARE,
+        "image_size": Range(8, 1024),
+        "max_shift": Range(0, 0.5),
+        "latent_channels": Range(1, 64),
+        "num_views": Range(1, 64),
         "num_sampling_steps": Range(1, 1000),  # of the scheduler's steps
     },
     "StageArguments": {"num_questions": COUNT, "input_noise": Range(0, 100)},

@@ -1,15 +1,16 @@
-"""The parts of pisces-tiny put together: tokenizer from the scene texts, processor, configuration, first checkpoint.
+"""The parts of a small Pisces put together: tokenizer from the data's texts, processor, config, first checkpoint.
 
-`python -m finetune.parts assemble` reads the towers that stage 0 trained and writes the checkpoint that the three
-stages start from; `python -m finetune.parts finish` adds the decoder to the last stage's checkpoint. The order of all
-commands, with their settings, stands in `finetune/tiny/tiny.sh`. `python -m finetune.parts towers` takes the towers out
-of a checkpoint again, to start from them without stage 0; `evaluation.study` does so.
+`python -m finetune.parts prepare` brings data to one size once; `assemble` reads the towers that stage 0 trained and
+writes the checkpoint that the three stages start from; `finish` adds the decoder to the last stage's checkpoint.
+`finetune.from_scratch` calls all of it in order, `finetune/tiny/tiny.sh` is the order of pisces-tiny. `towers` takes
+the towers out of a checkpoint again, to start from them without stage 0; `evaluation.study` does so.
 """
 
 import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -21,8 +22,8 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
-from finetune.parts.pictures import load_pictures
-from finetune.parts.stages import DETAILED_REQUESTS, SHORT_REQUESTS, read_rows
+from finetune.parts.captioned import PictureData, load_pictures, prepare
+from finetune.parts.stages import DETAILED_REQUESTS, SHORT_REQUESTS
 from finetune.parts.whitening import whiten_output
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
 from modeling_pisces.configuration_pisces import read_generation_config
@@ -35,9 +36,9 @@ SPECIAL_TOKENS = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"),
     *("<|image|>", "<|gen_image|>", "<|gen_start|>", "<|gen_end|>"),
 )
-VOCABULARY_SIZE = 512
+VOCABULARY_SIZE = 512  # of pisces-tiny
 WHITENING_PICTURES = 2048
-IMAGE_SIZE = 64
+MAX_LENGTH = 1024
 # chosen on new pictures of shown combinations, see docs/tiny.md; above 0, so that seeds differ
 IMAGE_TEMPERATURE = 0.3
 GUIDANCE_SCALE = 1.0  # the vectors leave little open, so guidance would only cost time
@@ -75,27 +76,27 @@ CHAT_TEMPLATE = """\
 """
 
 
-def scene_texts(data: Path) -> list[str]:
-    """Every caption, question and answer of a data folder."""
+def data_texts(data: PictureData) -> list[str]:
+    """Every caption, question and answer."""
     texts = [*SHORT_REQUESTS, *DETAILED_REQUESTS]
-    for row in read_rows(data):
-        texts += row["captions"]
-        for question in row["questions"]:
-            texts += [question["question"], question["paraphrase"], question["answer"]]
+    for record in data.records:
+        texts += record["captions"]
+        for turn in (turn for turns in record["conversations"] for turn in turns):
+            texts += [turn[name] for name in ("question", "paraphrase", "answer") if name in turn]
     return texts
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 entries: short sequences for scene texts, and any other text still has a spelling.
+def train_tokenizer(texts: list[str], vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: short sequences for texts like these, and any other text still has a spelling.
 
-    Upper case is folded, so that a capital letter costs the small model nothing.
+    Upper case is folded, so that a capital letter costs a small model nothing.
     """
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=vocabulary_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -108,18 +109,19 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         pad_token="<|pad|>",
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=1024,
+        model_max_length=MAX_LENGTH,
     )
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast, config: PiscesConfig) -> PiscesProcessor:
-    """Both image processors resize to the towers' 64 pixels and normalise to [-1, 1]."""
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    """Both image processors resize to the towers' square and normalise to [-1, 1]."""
+    side, gen_side = config.vision_config.image_size, config.gen_vision_config.image_size
+    size, gen_size = {"height": side, "width": side}, {"height": gen_side, "width": gen_side}
     half = [0.5, 0.5, 0.5]
     return PiscesProcessor(
         image_processor=SiglipImageProcessorPil(size=size, image_mean=half, image_std=half),
         gen_image_processor=CLIPImageProcessorPil(
-            size=size, do_center_crop=False, image_mean=half, image_std=half, resample=3
+            size=gen_size, do_center_crop=False, image_mean=half, image_std=half, resample=3
         ),
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
@@ -135,18 +137,19 @@ def make_config(
     hidden_size: int = 192,
     num_hidden_layers: int = 6,
     gen_pool_stride: int = 2,
+    vocabulary_size: int = VOCABULARY_SIZE,
     **settings,
 ) -> PiscesConfig:
-    """The configuration of pisces-tiny; `settings` are further fields of `PiscesConfig`."""
+    """The configuration of a small Pisces, by default pisces-tiny's; `settings` are fields of `PiscesConfig`."""
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
     text_config = LlamaConfig(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=vocabulary_size,
         hidden_size=hidden_size,
         intermediate_size=hidden_size // 12 * 32,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=hidden_size // 32,
         num_key_value_heads=hidden_size // 32,
-        max_position_embeddings=1024,
+        max_position_embeddings=MAX_LENGTH,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         bos_token_id=ids["<|begin_of_text|>"],
         eos_token_id=ids["<|end|>"],
@@ -169,30 +172,33 @@ def make_config(
 
 
 def assemble(
-    data: Path,
+    data: Any,
     vision_tower: Path,
     gen_vision_tower: Path,
     output: Path,
     gen_head_type: str,
     seed: int,
     whiten: bool = False,
+    vocabulary_size: int = VOCABULARY_SIZE,
     **settings,
 ) -> None:
     """Write the first checkpoint: trained towers, everything else at its random start.
 
     Args:
-        data: data folder whose texts make the tokenizer.
+        data: whose texts make the tokenizer; as the recipes take it, or a folder of `prepare`.
         vision_tower, gen_vision_tower: tower folders; one folder may serve as both.
         whiten: give the pooled vectors mean 0 and standard deviation 1 per channel over the first pictures of `data`.
         settings: of `make_config`.
     """
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(scene_texts(data))
     vision = AutoModel.from_pretrained(vision_tower)
     gen_vision = AutoModel.from_pretrained(gen_vision_tower)
-    config = make_config(tokenizer, vision.config, gen_vision.config, gen_head_type=gen_head_type, **settings)
+    found = load_pictures(data, gen_vision.config.image_size, folder=Path(output) / "pictures")
+    tokenizer = train_tokenizer(data_texts(found), vocabulary_size)
+    settings |= {"gen_head_type": gen_head_type, "vocabulary_size": vocabulary_size}
+    config = make_config(tokenizer, vision.config, gen_vision.config, **settings)
     if whiten:
-        whiten_output(gen_vision, load_pictures(data, WHITENING_PICTURES).pictures, config.gen_pool_stride)
+        whiten_output(gen_vision, found.pictures[:WHITENING_PICTURES], config.gen_pool_stride)
     model = PiscesForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision.state_dict())
     model.model.gen_vision_tower.load_state_dict(gen_vision.state_dict())
@@ -237,10 +243,12 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
     settings = read_generation_config(checkpoint)
     if GEN_HEADS[PiscesConfig.from_pretrained(checkpoint).gen_head_type].is_stochastic:
         settings.image_temperature = IMAGE_TEMPERATURE
+    # a decoder that was trained on from a finished model may hold its U-Net alone
+    place = {name: decoder if (decoder / name).is_dir() else checkpoint for name in ("unet", "vae", "scheduler")}
     pipeline = PiscesPipeline(
-        unet=UNet2DConditionModel.from_pretrained(decoder / "unet"),
-        vae=AutoencoderKL.from_pretrained(decoder / "vae"),
-        scheduler=DDIMScheduler.from_pretrained(decoder / "scheduler"),
+        unet=UNet2DConditionModel.from_pretrained(place["unet"] / "unet"),
+        vae=AutoencoderKL.from_pretrained(place["vae"] / "vae"),
+        scheduler=DDIMScheduler.from_pretrained(place["scheduler"] / "scheduler"),
         default_num_inference_steps=20,
         default_guidance_scale=GUIDANCE_SCALE,
         default_negative="zeros",  # `finetune.parts.decoder` drops vectors to zeros
@@ -261,9 +269,16 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
 def main() -> None:
     parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
+    ready = commands.add_parser("prepare", help="pictures of any data at one size, with their texts, in one folder")
+    ready.add_argument("--data", nargs="+", required=True, help="as the recipes take it, see docs/data.md")
+    ready.add_argument("--image_size", type=whole_number(8, 1024), help="default: the size they all have")
+    ready.add_argument("--output", dest="folder", type=Path, required=True)
+    ready.set_defaults(command=prepare)
     first = commands.add_parser("assemble", help="towers and tokenizer to a checkpoint that stage 1 starts from")
-    for name in ("data", "vision_tower", "gen_vision_tower", "output"):
+    first.add_argument("--data", nargs="+", required=True, help="as the recipes take it, or a folder of prepare")
+    for name in ("vision_tower", "gen_vision_tower", "output"):
         first.add_argument(f"--{name}", type=Path, required=True)
+    first.add_argument("--vocabulary_size", type=whole_number(300, 65536), default=VOCABULARY_SIZE)
     first.add_argument("--gen_head_type", choices=tuple(GEN_HEADS), default="flow")
     first.add_argument("--gen_loss_type", choices=("mse", "cosine"), default="mse", help="loss of a regression head")
     first.add_argument("--gen_pool_stride", type=COUNT, default=2, help="patches per side of a generated vector")

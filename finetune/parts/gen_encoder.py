@@ -1,13 +1,12 @@
 """Stage 0, part 1: train the generation encoder ("gen-CLIP") by masked reconstruction and contrast with captions.
 
-`python -m finetune.parts.gen_encoder --data DIR --output DIR` writes a `PiscesGenVisionModel` whose pooled vectors
+`python -m finetune.parts.gen_encoder --data DATA --output DIR` writes a `PiscesGenVisionModel` whose pooled vectors
 have mean 0 and standard deviation 1 per channel over the training pictures. The reconstruction reads only the *pooled*
 vectors, because they are all that the language model will predict and all that the decoder will see. The small
 networks that make the losses are thrown away. The diffusion decoder is `finetune.parts.decoder`'s business.
 """
 
 # I pictures, P patches, M pooled vectors, Dg width of a pooled vector, D width of the throw-away networks
-import zlib
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
@@ -18,11 +17,22 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from finetune.flags.parsing import parse_flags_of, run_command
-from finetune.parts.pictures import PictureData, TensorRows, edge_strength, load_pictures, to_pixel_values, write_sheet
+from finetune.parts.captioned import PictureData
+from finetune.parts.contrast import CaptionContrast, caption_phrases
+from finetune.parts.pictures import (
+    TensorRows,
+    edge_errors,
+    edge_strength,
+    shift_pictures,
+    to_pixel_values,
+    write_sheet,
+)
 from finetune.parts.trainer import (
     Metrics,
     RunArguments,
+    check_sizes,
     full_precision_attention,
+    load_data_of,
     run_evaluation,
     train,
     write_results,
@@ -31,10 +41,6 @@ from finetune.parts.whitening import whiten_output
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel, pool_patches
 from pisces_commands.writing import whole_files
-
-
-NUM_PHRASE_BUCKETS = 4096
-MAX_PHRASES = 96
 
 
 @dataclass
@@ -52,6 +58,9 @@ class GenEncoderArguments(RunArguments):
     vector_noise: float = field(default=0.15, metadata={"help": "noise before reconstruction, in standard deviations"})
     edge_weight: float = field(default=8.0, metadata={"help": "extra weight of pixels at edges: shapes live there"})
     contrastive_weight: float = field(default=0.05, metadata={"help": "weight of the contrast with captions"})
+    max_shift: float = field(
+        default=0.0, metadata={"help": "largest move and zoom of a training picture, in shares of its side"}
+    )
     place_weight: float = field(default=0.05, metadata={"help": "weight of telling each vector's place from it alone"})
 
 
@@ -70,13 +79,6 @@ def initialize_tower(tower: PiscesGenVisionModel) -> None:
     side = config.image_size // config.patch_size
     tower.embeddings.position_embedding.copy_(grid_positions(side, config.hidden_size))
     nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(config.num_channels * config.patch_size**2) ** -0.5)
-
-
-def phrase_ids(caption: str) -> list[int]:
-    """Hashed one-, two- and three-word phrases: enough to tell "red star" from "red circle and blue star"."""
-    words = caption.lower().replace(",", " ").replace(".", " ").split()
-    phrases = [" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)]
-    return [1 + zlib.crc32(phrase.encode()) % (NUM_PHRASE_BUCKETS - 1) for phrase in phrases[:MAX_PHRASES]]
 
 
 class PatchDecoderLayer(nn.Module):
@@ -134,24 +136,6 @@ class PatchDecoder(nn.Module):
         return F.fold(patches, (side, side), self.patch_size, stride=self.patch_size)
 
 
-class CaptionContrast(nn.Module):
-    """Symmetric InfoNCE between pictures (all pooled vectors) and captions (a bag of phrases)."""
-
-    def __init__(self, vectors_size: int, width: int = 128):
-        super().__init__()
-        self.phrases = nn.EmbeddingBag(NUM_PHRASE_BUCKETS, width, mode="mean", padding_idx=0)
-        self.text = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-        self.picture = nn.Sequential(nn.Linear(vectors_size, width), nn.GELU(), nn.Linear(width, width))
-        self.log_scale = nn.Parameter(torch.tensor(2.3))  # e ** 2.3 = 10, as in CLIP's first steps
-
-    def forward(self, vectors: torch.Tensor, phrases: torch.Tensor) -> torch.Tensor:
-        pictures = F.normalize(self.picture(vectors.flatten(1)), dim=-1)
-        texts = F.normalize(self.text(self.phrases(phrases)), dim=-1)
-        logits = self.log_scale.clamp(max=4.6).exp() * pictures @ texts.T
-        targets = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-
-
 class GenEncoderTraining(nn.Module):
     """The tower with its two losses."""
 
@@ -182,25 +166,17 @@ class GenEncoderTraining(nn.Module):
         share = share * (torch.rand_like(share) < self.run.masked_pictures)
         return torch.rand(num_pictures, self.num_patches, device=device) < share
 
-    def forward(self, pictures: torch.Tensor, edges: torch.Tensor, phrases: torch.Tensor) -> dict[str, torch.Tensor]:
-        pixel_values = to_pixel_values(pictures)
+    def forward(self, pictures: torch.Tensor, phrases: torch.Tensor) -> dict[str, torch.Tensor]:
+        pictures = shift_pictures(pictures, self.run.max_shift)
+        pixel_values, edges = to_pixel_values(pictures), edge_strength(pictures)
         vectors = self.vectors_of(pixel_values, self.draw_mask(len(pictures), pictures.device))
         noisy = vectors + self.run.vector_noise * torch.randn_like(vectors)
         weights = 1 + self.run.edge_weight * edges.float() / 255
         errors = (self.decoder(noisy) - pixel_values).square() * weights
         loss = errors.mean() / weights.mean()
-        loss = loss + self.run.contrastive_weight * self.contrast(vectors, phrases)
+        loss = loss + self.run.contrastive_weight * self.contrast(vectors, phrases[:, 0])
         places = torch.arange(noisy.shape[1], device=noisy.device).repeat(len(noisy))
         return {"loss": loss + self.run.place_weight * F.cross_entropy(self.locate(noisy).flatten(0, 1), places)}
-
-
-def caption_phrases(captions: list[list[str]]) -> torch.Tensor:
-    """(I, MAX_PHRASES) phrase ids of each picture's longest caption, padded with 0."""
-    ids = torch.zeros(len(captions), MAX_PHRASES, dtype=torch.long)
-    for row, choices in enumerate(captions):
-        found = phrase_ids(max(choices, key=len))
-        ids[row, : len(found)] = torch.tensor(found)
-    return ids
 
 
 def build_tower(run: GenEncoderArguments, image_size: int) -> PiscesGenVisionModel:
@@ -232,19 +208,18 @@ def held_out_metrics(model: GenEncoderTraining, data: PictureData, sheet: Path |
     errors = (drawn - pixel_values).square().mean(dim=1, keepdim=True)
     if sheet is not None:
         write_sheet([pictures[i : i + 16] for i in (0, 16) for pictures in (pixel_values, drawn)], sheet)
-    return {"heldout_mse": errors.mean(), "heldout_edge_mse": errors[edge_strength(data.pictures) > 64].mean()}
+    return {"heldout_mse": errors.mean(), "heldout_edge_mse": edge_errors(errors, data.pictures)}
 
 
 def main(arguments: list[str] | None = None) -> Metrics:
     """Train, whiten, save; see the flags with --help."""
     run = parse_flags_of(GenEncoderArguments, arguments)
     set_seed(run.seed)
-    data = load_pictures(run.data)
-    heldout = load_pictures(run.heldout or run.data, limit=512)
-    model = GenEncoderTraining(build_tower(run, data.pictures.shape[-1]), run)
-    rows = TensorRows(
-        pictures=data.pictures, edges=edge_strength(data.pictures), phrases=caption_phrases(data.captions)
-    )
+    data, heldout = load_data_of(run, num_heldout=512)
+    image_size = data.pictures.shape[-1]
+    check_sizes(run, image_size)
+    model = GenEncoderTraining(build_tower(run, image_size), run)
+    rows = TensorRows(pictures=data.pictures, phrases=caption_phrases(data.captions))
     output = Path(run.output)
     curve = train(model, rows, run, lambda: held_out_metrics(model, heldout, output / "sheet.png"))
     metrics = run_evaluation(model, lambda: held_out_metrics(model, heldout, output / "sheet.png"))

@@ -3,22 +3,22 @@
 `finetune.parts.decoder` runs what is here: the autoencoder learns, then its latents are whitened and frozen.
 """
 
-# I pictures, h side of a latent
+# I pictures, C channels and h side of a latent
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from finetune.parts.pictures import to_pixel_values
+from finetune.parts.pictures import edge_strength, shift_pictures, to_pixel_values
 
 
-def build_vae(channels: list[int], image_size: int) -> AutoencoderKL:
-    """A fresh autoencoder that shrinks each side by 2 per level after the first, with 4 latent channels."""
+def build_vae(channels: list[int], image_size: int, latent_channels: int = 4) -> AutoencoderKL:
+    """A fresh autoencoder that shrinks each side by 2 per level after the first."""
     return AutoencoderKL(
         block_out_channels=tuple(channels),
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=image_size,
         scaling_factor=1.0,  # `whiten_latents` folds the scale into the weights
@@ -37,13 +37,16 @@ def weighted_error(
 class VaeTraining(nn.Module):
     """Reconstruction, heavier at edges, plus a little pressure towards a unit Gaussian."""
 
-    def __init__(self, vae: AutoencoderKL, edge_weight: float, kl_weight: float):
+    def __init__(self, vae: AutoencoderKL, edge_weight: float, kl_weight: float, max_shift: float = 0.0):
         super().__init__()
         self.vae = vae
         self.edge_weight = edge_weight
         self.kl_weight = kl_weight
+        self.max_shift = max_shift
 
-    def forward(self, pictures: torch.Tensor, edges: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        pictures = shift_pictures(pictures, self.max_shift)
+        edges = edge_strength(pictures)
         pixel_values = to_pixel_values(pictures)
         posterior = self.vae.encode(pixel_values).latent_dist
         drawn = self.vae.decode(posterior.sample()).sample
@@ -53,7 +56,7 @@ class VaeTraining(nn.Module):
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 128) -> torch.Tensor:
-    """uint8 pictures (I, 3, H, W) to the means of their latents (I, 4, h, h), scaled, on the CPU."""
+    """uint8 pictures (I, 3, H, W) to the means of their latents (I, C, h, h), scaled, on the CPU."""
     batches = pictures.split(batch_size)
     means = [vae.encode(to_pixel_values(batch.to(vae.device))).latent_dist.mode().cpu() for batch in batches]
     return torch.cat(means) * vae.config.scaling_factor

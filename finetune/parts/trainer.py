@@ -26,8 +26,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from finetune.flags.ranges import check_ranges
+from finetune.parts.captioned import PictureData, load_pictures
 from finetune.parts.pictures import collate_rows
 from finetune.training.checkpoints import last_complete_checkpoint, whole_or_nothing
+from pisces_commands.arguments import UsageError
 from pisces_commands.measurement import current_command, current_commit, describe_hardware
 from pisces_commands.writing import write_json, write_whole
 
@@ -57,9 +59,15 @@ AttentionMaskInterface.register("full_precision_sdpa", sdpa_mask)
 class RunArguments:
     """Flags that every stage 0 recipe has; the defaults are those that pisces-tiny's towers were trained with."""
 
-    data: list[str] = field(metadata={"help": "data folders written by `python -m finetune.scenes`"})
+    data: list[str] = field(metadata={"help": "pictures with captions, as the recipes take them: see docs/data.md"})
     output: str = field(metadata={"help": "folder for the finished part; its checkpoints/ hold what a resume needs"})
-    heldout: str | None = field(default=None, metadata={"help": "data folder for held-out metrics (none without it)"})
+    heldout: str | None = field(
+        default=None, metadata={"help": "data to measure on while training; default: the first pictures of the data"}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "side in pixels that every picture is brought to; default: the one they all have"},
+    )
     results: str | None = field(default=None, metadata={"help": "JSON to write; default OUTPUT/results.json"})
     max_steps: int = field(default=5000, metadata={"help": "optimizer steps of the run, those before a resume too"})
     batch_size: int = field(default=48, metadata={"help": "pictures per step"})
@@ -78,6 +86,36 @@ class RunArguments:
 
     def __post_init__(self):
         check_ranges(self)
+
+
+def load_data_of(run: RunArguments, num_heldout: int) -> tuple[PictureData, PictureData]:
+    """The pictures to train on, and at most `num_heldout` to measure on.
+
+    Data that is not prepared yet is prepared into `run.output`, once for all later starts.
+    """
+    output = Path(run.output)
+    data = load_pictures(run.data, run.image_size, folder=output / "pictures")
+    side = data.pictures.shape[-1]
+    if run.heldout is None:
+        return data, PictureData(data.pictures[:num_heldout], data.records[:num_heldout])
+    return data, load_pictures(run.heldout, side, num_heldout, output / "heldout_pictures")
+
+
+def check_sizes(run: Any, image_size: int) -> None:
+    """Refuse a tower that cannot be: widths of whole heads, a side of whole patches, a grid of whole vectors.
+
+    Raises:
+        UsageError: flag, value, and what it has to divide.
+    """
+    if run.hidden_size % 32:
+        raise UsageError(f"--hidden_size {run.hidden_size}: expected a multiple of 32, the width of a head.")
+    if image_size % run.patch_size:
+        raise UsageError(
+            f"--patch_size {run.patch_size}: pictures of {image_size} pixels are not whole patches of it."
+        )
+    side, stride = image_size // run.patch_size, getattr(run, "pool_stride", 1)
+    if side % stride:
+        raise UsageError(f"--pool_stride {stride}: expected a divisor of {side}, the patches along a side.")
 
 
 class WeightAverage(TrainerCallback):
@@ -214,7 +252,7 @@ def train(
     """
     if len(rows) < run.batch_size:
         raise ValueError(
-            f"{len(rows)} pictures do not fill one batch of {run.batch_size}. Lower --batch_size or render more."
+            f"{len(rows)} pictures do not fill one batch of {run.batch_size}. Lower --batch_size, or add pictures."
         )
     average = WeightAverage(model, run.ema_decay)
     curve = CurveCallback(average, evaluate, run.eval_steps)

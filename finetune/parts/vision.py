@@ -1,13 +1,16 @@
-"""Stage 0, for the other path: warm up the understanding tower with dense labels before the language model reads it.
+"""Stage 0, for the other path: warm up the understanding tower before the language model reads it.
 
-`python -m finetune.parts.vision --data DIR --output DIR` writes a stock `SiglipVisionModel`. Each patch learns to name
-the object it shows (shape, colour, size), and where that object's centre lies; the mean of the patches learns the
-background and the number of objects. All these heads are thrown away: what stays is a tower whose vectors have the
-words within reach of one linear layer. Real checkpoints start from a pretrained tower and skip this recipe.
+`python -m finetune.parts.vision --data DATA --output DIR` writes a stock `SiglipVisionModel` without a head. The mean
+of its patches learns which caption belongs to which picture, by the sigmoid loss of SigLIP. `--labels scenes` is for
+data that tells what each patch shows: there each patch learns to name its object (shape, colour, size) and its place,
+and the mean learns the background and the number of objects. All that makes the losses is thrown away: what stays is
+a tower whose vectors have the words within reach of one linear layer. Real checkpoints start from a pretrained tower
+and skip this recipe.
 """
 
 # I pictures, P patches, C width of the tower
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,16 +18,24 @@ from torch.nn import functional as F
 from transformers import SiglipVisionConfig, SiglipVisionModel, set_seed
 
 from finetune.flags.parsing import parse_flags_of, run_command
-from finetune.parts.pictures import PictureData, TensorRows, load_pictures, patch_labels, to_pixel_values
-from finetune.parts.trainer import Metrics, RunArguments, run_evaluation, train, write_results
-from finetune.scenes.layout import BACKGROUNDS, COLORS, SHAPES, SIZES
+from finetune.parts.captioned import PictureData
+from finetune.parts.contrast import SigmoidMatch, caption_phrases
+from finetune.parts.pictures import TensorRows, shift_pictures, to_pixel_values
+from finetune.parts.trainer import (
+    Metrics,
+    RunArguments,
+    check_sizes,
+    load_data_of,
+    run_evaluation,
+    train,
+    write_results,
+)
+from finetune.scenes.labels import PATCH_CLASSES, PICTURE_CLASSES, patch_labels, picture_labels
+from pisces_commands.arguments import UsageError
 from pisces_commands.writing import whole_files
 
 
-MAX_OBJECTS = 4
-# classes per patch; index 0 is background
-PATCH_CLASSES = {"shape": 1 + len(SHAPES), "color": 1 + len(COLORS), "size": 1 + len(SIZES), "place": 10}
-PICTURE_CLASSES = {"background": len(BACKGROUNDS), "count": 1 + MAX_OBJECTS}
+NUM_CAPTIONS = 4  # of a picture, one of them a step
 
 
 @dataclass
@@ -34,6 +45,12 @@ class VisionArguments(RunArguments):
     hidden_size: int = field(default=128, metadata={"help": "width of the tower"})
     num_hidden_layers: int = field(default=4, metadata={"help": "layers of the tower"})
     patch_size: int = field(default=8, metadata={"help": "side of a patch in pixels"})
+    labels: Literal["captions", "scenes"] = field(
+        default="captions", metadata={"help": "learn from captions, or from the truth that finetune.scenes writes"}
+    )
+    max_shift: float = field(
+        default=0.0, metadata={"help": "largest move and zoom of a training picture, in shares of its side (captions)"}
+    )
     max_pixel_noise: float = field(default=0.1, metadata={"help": "largest noise on pixels, in units of [-1, 1]"})
 
 
@@ -52,21 +69,64 @@ def build_tower(run: VisionArguments, image_size: int) -> SiglipVisionModel:
     return SiglipVisionModel(config)
 
 
-def picture_labels(truths: list[dict]) -> dict[str, torch.Tensor]:
-    """One int64 label per picture for each of `PICTURE_CLASSES`."""
-    names = tuple(BACKGROUNDS)
-    return {
-        "background": torch.tensor([names.index(truth["background"]) for truth in truths]),
-        "count": torch.tensor([len(truth["objects"]) for truth in truths]),
-    }
+def noisy_pixels(pictures: torch.Tensor, max_noise: float) -> torch.Tensor:
+    """Pixel values with noise of a deviation that is drawn for each picture."""
+    pixel_values = to_pixel_values(pictures)
+    amount = max_noise * torch.rand(len(pictures), 1, 1, 1, device=pictures.device)
+    return pixel_values + amount * torch.randn_like(pixel_values)
+
+
+class CaptionTraining(nn.Module):
+    """The tower under the sigmoid loss of its mean patch against captions."""
+
+    def __init__(self, tower: SiglipVisionModel, run: VisionArguments):
+        super().__init__()
+        self.tower = tower
+        self.run = run
+        self.match = SigmoidMatch(tower.config.hidden_size)
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.tower(pixel_values).last_hidden_state.mean(dim=1)
+
+    def forward(self, pictures: torch.Tensor, phrases: torch.Tensor) -> dict[str, torch.Tensor]:
+        pictures = shift_pictures(pictures, self.run.max_shift)
+        chosen = torch.randint(phrases.shape[1], (len(phrases),), device=phrases.device)
+        phrases = phrases[torch.arange(len(phrases), device=phrases.device), chosen]
+        embedded = self.embed(noisy_pixels(pictures, self.run.max_pixel_noise))
+        return {"loss": self.match(embedded, phrases)}
+
+    @staticmethod
+    def rows(data: PictureData, grid_side: int) -> dict[str, torch.Tensor]:
+        return {"pictures": data.pictures, "phrases": caption_phrases(data.captions, NUM_CAPTIONS)}
+
+    def measure(self, data: PictureData) -> Metrics:
+        """Share of pictures whose own caption scores highest among all of `data`, and the same of captions."""
+        device = next(self.parameters()).device
+        phrases = caption_phrases(data.captions)[:, 0].to(device)
+        embedded = torch.cat([self.embed(to_pixel_values(part.to(device))) for part in data.pictures.split(256)])
+        scores = self.match.score(embedded, phrases)
+        same = (phrases[:, None] == phrases[None]).all(-1)  # equal captions are each other's
+        right = {"caption_of_picture_accuracy": scores.argmax(1), "picture_of_caption_accuracy": scores.argmax(0)}
+        places = torch.arange(len(scores), device=device)
+        return {name: same[places, found].float().mean() for name, found in right.items()}
 
 
 def label_rows(data: PictureData, grid_side: int) -> dict[str, torch.Tensor]:
-    """Every column that `VisionTraining.forward` takes, one row per picture."""
-    return {"pictures": data.pictures, **patch_labels(data.truths, grid_side), **picture_labels(data.truths)}
+    """Every column that `LabelTraining.forward` takes, one row per picture.
+
+    Raises:
+        UsageError: a picture has no truth.
+    """
+    truths = [record.get("truth") for record in data.records]
+    if missing := [record["id"] for record in data.records if "truth" not in record]:
+        raise UsageError(
+            f"--labels scenes: {len(missing)} of {len(truths)} pictures have no truth, the first is {missing[0]}. "
+            "Leave --labels out: then the tower learns from captions."
+        )
+    return {"pictures": data.pictures, **patch_labels(truths, grid_side), **picture_labels(truths)}
 
 
-class VisionTraining(nn.Module):
+class LabelTraining(nn.Module):
     """The tower under one linear head per question."""
 
     def __init__(self, tower: SiglipVisionModel, run: VisionArguments):
@@ -85,9 +145,7 @@ class VisionTraining(nn.Module):
         return answers | {name: head(mean) for name, head in self.picture_heads.items()}
 
     def forward(self, pictures: torch.Tensor, **labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        pixel_values = to_pixel_values(pictures)
-        amount = self.run.max_pixel_noise * torch.rand(len(pictures), 1, 1, 1, device=pictures.device)
-        predicted = self.predict(pixel_values + amount * torch.randn_like(pixel_values))
+        predicted = self.predict(noisy_pixels(pictures, self.run.max_pixel_noise))
         loss = 0.0
         for name, logits in predicted.items():
             target = labels[name]
@@ -98,31 +156,32 @@ class VisionTraining(nn.Module):
             loss = loss + losses.mean()
         return {"loss": loss / len(predicted)}
 
+    rows = staticmethod(label_rows)
 
-def held_out_metrics(model: VisionTraining, data: PictureData) -> Metrics:
-    """Shares of right answers: over the patches that show an object, and over pictures."""
-    side = data.pictures.shape[-1] // model.run.patch_size
-    labels = label_rows(data, side)
-    device = next(model.parameters()).device
-    batches = [model.predict(to_pixel_values(batch.to(device))) for batch in data.pictures.split(256)]
-    chosen = {name: torch.cat([answers[name].argmax(-1).cpu() for answers in batches]) for name in batches[0]}
-    right = {name: choice == labels[name] for name, choice in chosen.items()}
-    is_object = labels["shape"] > 0
-    metrics = {f"{name}_accuracy": right[name][is_object].float().mean() for name in PATCH_CLASSES}
-    return metrics | {f"{name}_accuracy": right[name].float().mean() for name in PICTURE_CLASSES}
+    def measure(self, data: PictureData) -> Metrics:
+        """Shares of right answers: over the patches that show an object, and over pictures."""
+        labels = self.rows(data, data.pictures.shape[-1] // self.run.patch_size)
+        device = next(self.parameters()).device
+        batches = [self.predict(to_pixel_values(batch.to(device))) for batch in data.pictures.split(256)]
+        chosen = {name: torch.cat([answers[name].argmax(-1).cpu() for answers in batches]) for name in batches[0]}
+        right = {name: choice == labels[name] for name, choice in chosen.items()}
+        is_object = labels["shape"] > 0
+        metrics = {f"{name}_accuracy": right[name][is_object].float().mean() for name in PATCH_CLASSES}
+        return metrics | {f"{name}_accuracy": right[name].float().mean() for name in PICTURE_CLASSES}
 
 
 def main(arguments: list[str] | None = None) -> Metrics:
     """Train and save; see the flags with --help."""
     run = parse_flags_of(VisionArguments, arguments)
     set_seed(run.seed)
-    data = load_pictures(run.data)
-    heldout = load_pictures(run.heldout or run.data, limit=512)
+    data, heldout = load_data_of(run, num_heldout=512)
     image_size = data.pictures.shape[-1]
-    model = VisionTraining(build_tower(run, image_size), run)
-    rows = TensorRows(**label_rows(data, image_size // run.patch_size))
-    curve = train(model, rows, run, lambda: held_out_metrics(model, heldout))
-    metrics = run_evaluation(model, lambda: held_out_metrics(model, heldout))
+    check_sizes(run, image_size)
+    training = LabelTraining if run.labels == "scenes" else CaptionTraining
+    model = training(build_tower(run, image_size), run)
+    rows = TensorRows(**model.rows(data, image_size // run.patch_size))
+    curve = train(model, rows, run, lambda: model.measure(heldout))
+    metrics = run_evaluation(model, lambda: model.measure(heldout))
     with whole_files(run.output) as folder:
         model.tower.save_pretrained(folder)
     write_results(run, "vision", curve, metrics)

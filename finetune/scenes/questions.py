@@ -44,6 +44,23 @@ QUESTION_TYPES = {
     "describe": 1,
     "describe_detail": 1,
 }
+# By stage of `finetune.train_stages`: types that take longest to learn are asked more often; others have weight 1.
+TYPE_WEIGHTS = {
+    "instruct": {"compare": 3.0, "where": 2.0, "color": 2.0, "background": 0.5, "size": 0.5},
+    "review": {
+        "color": 3.0,
+        "compare": 3.0,
+        "relation": 3.0,
+        "where": 2.0,
+        "shape": 2.0,
+        "exist": 0.7,
+        "count": 0.7,
+        "size": 0.7,
+        "background": 0.3,
+        "describe": 0.4,
+        "describe_detail": 0.2,
+    },
+}
 
 
 @dataclass
