@@ -216,6 +216,10 @@ class PiscesConfig(PreTrainedConfig):
         gen_image_token_id: placeholder of one generated vector.
         gen_start_token_id: opens a drawn image.
         gen_end_token_id: closes a drawn image.
+        num_token_rows: rows of the embedding and of `lm_head` that belong to tokens; those behind them are padding,
+            and no token has their ids: they get the lowest logit there is. None: all rows belong to tokens.
+        new_token_ids: tokens that the language model had never seen when the checkpoint was assembled. Finetuning
+            trains their rows, and no other. None: there are none.
         tie_word_embeddings: whether `lm_head` shares the input embedding.
 
     The default token ids are the reserved special tokens 0, 1, 2 and 3 of the Llama-3.1 tokenizer.
@@ -254,6 +258,8 @@ class PiscesConfig(PreTrainedConfig):
     gen_image_token_id: int = 128003
     gen_start_token_id: int = 128005
     gen_end_token_id: int = 128011
+    num_token_rows: int | None = None
+    new_token_ids: list[int] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -375,6 +381,21 @@ class PiscesConfig(PreTrainedConfig):
             raise ValueError(
                 f"token ids {outside} lie outside the language model's vocabulary of {vocab_size}. Give ids of tokens "
                 "that the tokenizer has, after resizing the embedding if they were added."
+            )
+        self._validate_token_rows(vocab_size, ids)
+
+    def _validate_token_rows(self, vocab_size: int | None, ids: dict[str, int]):
+        rows = self.num_token_rows
+        if rows is not None and not 0 < rows <= (vocab_size or rows):
+            raise ValueError(
+                f"num_token_rows {rows}: expected 1 to the {vocab_size} rows (vocab_size), or None for all."
+            )
+        limit = rows or vocab_size
+        named = [*ids.values(), *(self.new_token_ids or [])]
+        if limit and (padding := [value for value in named if not 0 <= value < limit]):
+            raise ValueError(
+                f"token ids {padding} lie outside the {limit} rows that belong to tokens. Leave num_token_rows out, or "
+                "raise it above every token of the tokenizer."
             )
 
 

@@ -467,7 +467,7 @@ class PiscesGenerationMixin(GenerationMixin):
     ) -> torch.LongTensor:
         """The token that each row writes next: (B,). Drawing rows write the placeholder, closing rows the end."""
         config = self.config
-        logits = self.lm_head(hidden).float()
+        logits = self.score_tokens(hidden).float()
         scores = logits_processor(input_ids, logits)
         check_scores(scores, (left < 0) & ~finished)
         room = generation_config.max_length - input_ids.shape[1]

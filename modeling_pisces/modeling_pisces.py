@@ -639,7 +639,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         logits = None
         if not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
+            logits = self.score_tokens(hidden[:, keep])
         return PiscesCausalLMOutputWithPast(
             **losses,
             logits=logits,
@@ -650,11 +650,25 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+    def score_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., vocabulary) of hidden states (..., D); rows that are padding get the lowest number there is."""
+        logits = self.lm_head(hidden)
+        if self.config.num_token_rows is not None:
+            # finite: entropies multiply a probability of zero with its logarithm
+            logits[..., self.config.num_token_rows :] = torch.finfo(logits.dtype).min
+        return logits
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As every model's; afterwards no row counts as padding, because new tokens may take those rows."""
+        if args or kwargs:
+            self.config.num_token_rows = None
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def _check_labels(self, input_ids, inputs_embeds, **given) -> list[torch.LongTensor | None]:
         inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is None:  # refused by the backbone
             return list(given.values())
-        vocab_size = num_ids(self.get_input_embeddings(), self.config)
+        vocab_size = self.config.num_token_rows or num_ids(self.get_input_embeddings(), self.config)
         return [
             None if labels is None else check_labels(name, labels, inputs.shape[:2], vocab_size)
             for name, labels in given.items()
@@ -677,7 +691,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         if count == 0:  # lm_head still takes part, with zero gradient, for the ranks that do have text
             total = 0.0 * self.lm_head(hidden[:1, :1]).float().sum()
             return {"text_loss": None, "text_loss_sum": total, "num_text_tokens": count}
-        logits = self.lm_head(hidden[is_text])  # (labelled tokens, vocabulary)
+        logits = self.score_tokens(hidden[is_text])  # (labelled tokens, vocabulary)
         total = nn.functional.cross_entropy(logits.float(), targets[is_text], reduction="sum")
         return {"text_loss": total / count, "text_loss_sum": total, "num_text_tokens": count}
 

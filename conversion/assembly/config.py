@@ -73,6 +73,8 @@ def make_config(run: AssembleArguments, parts: Mapping[str, Part], vocabulary: V
             vision_feature_select_strategy=strategy,
             architectures=["PiscesForConditionalGeneration"],
             **vocabulary.token_ids,
+            new_token_ids=vocabulary.new_token_ids or None,
+            num_token_rows=vocabulary.num_token_rows,
         )
     except Exception as error:  # strict configs wrap what a check raised into a class of their own
         cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error

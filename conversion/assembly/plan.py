@@ -1,22 +1,20 @@
 """Turns matched parts into the list of tensors that an assembled checkpoint holds.
 
 `assemble` calls `plan_tensors` once everything is opened; nothing is written here. Copied bytes come from
-`part_keys.py`. What no part brings (projectors, head, rows for new tokens) is made at the end of this file, together
-with a sentence on how it was made, for `provenance.json`.
+`part_keys.py`, new values from `new_tensors.py`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from conversion.assembly.config import AssembleArguments
+from conversion.assembly.new_tensors import new_module_tensors, token_rows
 from conversion.assembly.part_keys import LM_HEAD, expected_tensors, match_language_model, match_tower
 from conversion.assembly.parts import Part
 from conversion.assembly.vocabulary import Vocabulary
 from conversion.storage.tensors import DTYPES, PlannedTensor, SourceTensor
-from modeling_pisces import PiscesConfig, PiscesModel
+from modeling_pisces import PiscesConfig
 
 
 DTYPE_FLAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -63,13 +61,15 @@ def plan_tensors(
             continue
         source, role = matched[key], part_of[key].role
         stored = dtype if source.dtype in FLOATING else source.dtype
-        num_new = vocabulary.num_rows - vocabulary.num_trained if key in (expected.embedding, LM_HEAD) else 0
-        if num_new:
-            seed = run.seed + (key == LM_HEAD)  # embedding and head get noise of their own
-            rows, new_tensors[key] = new_rows(source, vocabulary.num_trained, num_new, seed)
-            tensors.append(PlannedTensor(key, source.rows(0, vocabulary.num_trained), rows, role, stored))
-        else:
+        if key not in (expected.embedding, LM_HEAD):
             tensors.append(PlannedTensor(key, source, part=role, dtype=stored))
+            continue
+        trained = vocabulary.num_trained
+        seed = run.seed + (key == LM_HEAD)  # embedding and head get noise of their own
+        rows = token_rows(source, trained, vocabulary.new_token_ids, vocabulary.num_rows, seed)
+        if rows.how:
+            new_tensors[key] = rows.how
+        tensors.append(PlannedTensor(key, source.rows(0, trained), rows.appended, role, stored, rows.patches))
     return AssemblyPlan(tensors, new_tensors)
 
 
@@ -92,59 +92,4 @@ def _common_dtype(matched: Mapping[str, SourceTensor], part_of: Mapping[str, Par
     return dtype
 
 
-# ---- what no part brings: projectors, head, rows for new tokens -----------------------------------------------------
-
-
-NEW_MODULES = ("multi_modal_projector", "gen_projector", "gen_head")
-# new rows start beside the mean of the trained ones: at it, the two drawing tokens could never be told apart
-ROW_NOISE = 0.01
-_BLOCK_ROWS = 4096
-
-
-def new_module_tensors(config: PiscesConfig, seed: int) -> tuple[dict[str, torch.Tensor], str]:
-    """Projectors and head as `PiscesModel` itself starts them, in fp32, under their keys in a checkpoint."""
-    with torch.device("meta"):
-        model = PiscesModel(config)
-    tensors: dict[str, torch.Tensor] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name in NEW_MODULES:
-            module = getattr(model, name)
-            if module is None:
-                continue
-            module.to_empty(device="cpu").float()
-            for child in module.modules():
-                model._init_weights(child)
-            tensors |= {f"model.{name}.{key}": value.detach() for key, value in module.state_dict().items()}
-    return tensors, f"as PiscesModel starts it, initializer_range {config.initializer_range}, seed {seed}"
-
-
-def new_rows(source: SourceTensor, num_trained: int, num_new: int, seed: int) -> tuple[torch.Tensor, str]:
-    """Rows of an embedding or of `lm_head` for tokens that the language model never saw: (num_new, width), fp32.
-
-    Args:
-        source: the trained matrix; read block by block.
-        num_trained: rows that belong to tokens of the tokenizer; the mean is over these.
-
-    Source: John Hewitt, "Initializing New Word Embeddings for Pretrained Language Models" (2021): from the mean a new
-    token takes at most an average share of the probability, and the old tokens' answers stay.
-    """
-    total = torch.zeros(source.shape[1], dtype=torch.float64)
-    squares = torch.zeros((), dtype=torch.float64)
-    for start in range(0, num_trained, _BLOCK_ROWS):
-        block = source.rows(start, min(start + _BLOCK_ROWS, num_trained)).load().double()
-        total += block.sum(0)
-        squares += block.square().sum()
-    mean = total / num_trained
-    deviation = (squares / (num_trained * source.shape[1]) - mean.square().mean()).clamp(min=0).sqrt()
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(num_new, source.shape[1], generator=generator, dtype=torch.float64)
-    rows = (mean + ROW_NOISE * deviation * noise).float()
-    last = num_trained + num_new - 1
-    return rows, (
-        f"rows {num_trained} to {last}: mean of the rows before them plus {ROW_NOISE:g} of their standard deviation, "
-        f"seed {seed}"
-    )
-
-
-__all__ = ["DTYPE_FLAGS", "NEW_MODULES", "AssemblyPlan", "new_module_tensors", "new_rows", "plan_tensors"]
+__all__ = ["DTYPE_FLAGS", "AssemblyPlan", "plan_tensors"]

@@ -42,14 +42,18 @@ class Vocabulary:
         tokenizer: with all tokens of `PISCES_TOKENS` and a pad token, padding on the left.
         token_ids: config key -> id.
         renamed: new name -> the reserved token that it took.
+        new_token_ids: those of `PISCES_TOKENS` that the language model never saw, reserved ones included.
         num_trained: rows that belong to tokens the language model knows; later rows are new.
+        num_token_rows: rows that belong to tokens, new ones included; None if all do. Later rows are padding.
         num_rows: rows that embedding and head need.
     """
 
     tokenizer: Any
     token_ids: dict[str, int]
     renamed: dict[str, str]
+    new_token_ids: list[int]
     num_trained: int
+    num_token_rows: int | None
     num_rows: int
 
 
@@ -92,7 +96,15 @@ def prepare_tokenizer(part: Part) -> Vocabulary:
     needed = max(tokenizer.get_vocab().values()) + 1
     num_rows = rows if needed <= rows else -(-needed // ROW_MULTIPLE) * ROW_MULTIPLE
     has_new_rows = missing and not renamed
-    return Vocabulary(tokenizer, token_ids, renamed, num_known if has_new_rows else rows, num_rows)
+    return Vocabulary(
+        tokenizer,
+        token_ids,
+        renamed,
+        new_token_ids=sorted(token_ids[key] for key, token in PISCES_TOKENS.items() if token in missing),
+        num_trained=num_known if has_new_rows else rows,
+        num_token_rows=needed if needed < num_rows else None,
+        num_rows=num_rows,
+    )
 
 
 def _open_tokenizer(where: str, path: Path) -> Any:

@@ -108,7 +108,8 @@ def compare_llava(part: Part, whole: WholeModel) -> Compared:
     """Logits of a prompt with a picture, and tokens."""
     alone = _load_alone(LlavaForConditionalGeneration, part, whole)
     probe = make_probe(whole.model.config)
-    yield "logits with a picture", largest_difference(text_logits(whole.model, probe), text_logits(alone, probe))
+    found = text_logits(whole.model, probe)
+    yield "logits with a picture", largest_difference(found, text_logits(alone, probe)[..., : found.shape[-1]])
     tokenizer = AutoTokenizer.from_pretrained(part.path, trust_remote_code=False)
     yield "tokens", _token_difference(whole.processor.tokenizer, tokenizer)
 

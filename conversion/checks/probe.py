@@ -43,8 +43,8 @@ def random_pixels(vision_config, generator: torch.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def text_logits(model, probe: dict[str, torch.Tensor]) -> torch.Tensor:
-    """(1, T, V) for a probe with or without a picture."""
-    return model(**probe).logits
+    """(1, T, V) for a probe with or without a picture; V counts rows of tokens, padding would drown them."""
+    return model(**probe).logits[..., : getattr(_plain(model).config, "num_token_rows", None)]
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -85,6 +85,7 @@ class PlannedTensor:
         tensor: a new tensor; with `source`, new rows that follow the source's own.
         part: which part of the model it belongs to; ends up in the records.
         dtype: safetensors' name of the dtype to store; None keeps the source's (or the tensor's) own.
+        patches: index of a row of `source` -> the row (width,) that stands there instead.
 
     Raises:
         ValueError: neither source nor tensor, rows that do not fit the source, or a dtype that safetensors lacks.
@@ -95,6 +96,7 @@ class PlannedTensor:
     tensor: torch.Tensor | None = None
     part: str = "language_model"
     dtype: str | None = None
+    patches: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.source is None and self.tensor is None:
@@ -105,6 +107,22 @@ class PlannedTensor:
             raise ValueError(
                 f"{self.name}: new rows of shape {tuple(self.tensor.shape)} do not continue {self.source.shape}."
             )
+
+    def pieces(self) -> Iterator[SourceTensor | torch.Tensor]:
+        """What the stored tensor consists of, in order: rows of the source and new ones."""
+        start = 0
+        if self.source is not None and not self.patches:
+            yield self.source
+        elif self.source is not None:
+            for row, values in sorted(self.patches.items()):
+                if row > start:
+                    yield self.source.rows(start, row)
+                yield values[None]
+                start = row + 1
+            if start < self.source.shape[0]:
+                yield self.source.rows(start, self.source.shape[0])
+        if self.tensor is not None:
+            yield self.tensor
 
     @property
     def stored_dtype(self) -> str:

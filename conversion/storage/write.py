@@ -151,15 +151,16 @@ def _write_file(shard: list[PlannedTensor], path: Path, advance: Callable[[int],
 def _chunks(tensor: PlannedTensor, buffers: Iterator[bytearray]) -> Iterator[memoryview]:
     """The stored bytes of one tensor, piece by piece; a piece is valid for as long as there are other buffers."""
     dtype = DTYPES[tensor.stored_dtype]
-    if tensor.source is not None:
-        for chunk in _read_chunks(tensor.source, buffers):
-            if tensor.source.dtype != tensor.stored_dtype:
-                chunk = _as_bytes(_converted(tensor.name, as_tensor(chunk, DTYPES[tensor.source.dtype]), dtype))
+    for piece in tensor.pieces():
+        if isinstance(piece, torch.Tensor):
+            data = _as_bytes(_converted(tensor.name, piece.detach().cpu(), dtype))
+            for start in range(0, len(data), CHUNK_BYTES):
+                yield data[start : start + CHUNK_BYTES]
+            continue
+        for chunk in _read_chunks(piece, buffers):
+            if piece.dtype != tensor.stored_dtype:
+                chunk = _as_bytes(_converted(tensor.name, as_tensor(chunk, DTYPES[piece.dtype]), dtype))
             yield chunk
-    if tensor.tensor is not None:
-        data = _as_bytes(_converted(tensor.name, tensor.tensor.detach().cpu(), dtype))
-        for start in range(0, len(data), CHUNK_BYTES):
-            yield data[start : start + CHUNK_BYTES]
 
 
 def _converted(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

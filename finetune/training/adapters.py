@@ -113,11 +113,28 @@ def add_adapter(
         use_dora=settings.use_dora,
         target_modules=targets,
         modules_to_save=modules_to_save,
+        trainable_token_indices=new_token_rows(model),
     )  # without a task_type: PEFT's classes for tasks know nothing of drawing
     with quiet_old_names():
         adapted = get_peft_model(model, config)
     train_in_full_precision(adapted)
     return adapted
+
+
+def new_token_rows(model: PiscesForConditionalGeneration) -> dict[str, list[int]] | None:
+    """Which rows of the embedding and of `lm_head` an adapter trains: those of tokens the language model never saw.
+
+    Everything else in both stays frozen. Without training, the row of `<|gen_start|>` in `lm_head` would decide alone
+    how often the model opens an image, and LoRA cannot move it.
+
+    Returns:
+        name of the module -> ids, as PEFT's `trainable_token_indices`; None for a checkpoint without new tokens.
+    """
+    if not (ids := model.config.new_token_ids):
+        return None
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [next(name for name, module in model.named_modules() if module is wanted) for wanted in modules]
+    return {name: list(ids) for name in names}
 
 
 def check_targets(model: nn.Module, targets: str | list[str]) -> None:

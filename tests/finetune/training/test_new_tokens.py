@@ -1,0 +1,114 @@
+"""Claims about finetuning a checkpoint with new tokens: their rows are trained, no others, and they travel."""
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForMultimodalLM
+
+from conversion.merge_adapter import merge_adapter
+from finetune.data.collator import PiscesDataCollator
+from finetune.training.adapters import AdapterConfig, add_adapter
+from tests.finetune.lora_fixtures import make_rows, make_trainer
+from tests.fixtures import make_model, make_processor
+
+
+NEW = [262, 263, 264, 265]
+CONFIG = {"new_token_ids": NEW, "num_token_rows": 266}
+SIDES = ("understanding", "generation")
+
+
+def adapted_model(tied: bool, flavour: str = "portable"):
+    model = make_model(tie_word_embeddings=tied, **CONFIG)
+    torch.manual_seed(0)
+    return add_adapter(model, AdapterConfig(model_name_or_path="tiny", lora_r=4, flavour=flavour), SIDES)
+
+
+def rows_of(model) -> list[torch.Tensor]:
+    """The embedding and lm_head as they compute, (rows, width) each."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return [base.get_input_embeddings().weight.detach().clone(), base.lm_head.weight.detach().clone()]
+
+
+@pytest.mark.parametrize("flavour", ["portable", "full"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_training_moves_rows_of_new_tokens_and_no_other(tied, flavour, tmp_path):
+    model = adapted_model(tied, flavour)
+    before = rows_of(model)
+    make_trainer(model, make_rows("udte" * 2), tmp_path, max_steps=3, per_device_train_batch_size=4).train()
+    for old, now in zip(before, rows_of(model), strict=True):
+        moved = (old != now).any(-1).nonzero().flatten().tolist()
+        assert moved and set(moved) <= set(NEW)
+    embedding, head = rows_of(model)
+    assert torch.equal(embedding, head) == tied
+    assert bool((head[264] != before[1][264]).any()), "<|gen_start|> is what the model has to learn to write"
+
+
+def test_a_padding_row_has_no_gradient_under_an_adapter():
+    model = adapted_model(tied=False).train()
+    head, embedding = model.get_base_model().lm_head, model.get_base_model().get_input_embeddings()
+    for module in (head, embedding):
+        module.token_adapter.base_layer.weight.requires_grad_(True)
+    model(**PiscesDataCollator(make_processor())(make_rows("udte"))).loss.backward()
+    for module in (head, embedding):
+        gradient = module.token_adapter.base_layer.weight.grad
+        assert bool((gradient[266:] == 0).all()) and bool((gradient[:256] != 0).any())
+
+
+def test_a_checkpoint_without_new_tokens_trains_no_row():
+    model = add_adapter(make_model(), AdapterConfig(model_name_or_path="tiny", lora_r=4), SIDES)
+    assert model.peft_config["default"].trainable_token_indices is None
+
+
+def test_the_embedding_is_found_under_any_name():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {"model_type": "gpt_neox", "vocab_size": 320, **sizes}
+    model = make_model(text_config=text, **CONFIG)
+    adapted = add_adapter(model, AdapterConfig(model_name_or_path="tiny", lora_r=4), SIDES)
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad and "tokens" in name]
+    assert len(trained) == 2 and ".embed_in." in trained[0] and ".lm_head." in trained[1]
+
+
+@pytest.mark.parametrize("flavour", ["portable", "full"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_adapter_with_token_rows_saves_reloads_and_merges_exactly(tied, flavour, tmp_path):
+    make_model(tie_word_embeddings=tied, **CONFIG).save_pretrained(tmp_path / "base")
+    make_processor().save_pretrained(tmp_path / "base")
+    model = adapted_model(tied, flavour)
+    make_trainer(model, make_rows("udte"), tmp_path / "run", max_steps=2, per_device_train_batch_size=4).train()
+    model.save_pretrained(tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    deltas = [key for key in stored if "trainable_tokens_delta" in key]
+    assert len(deltas) == (1 if tied else 2) and all(stored[key].shape == (4, 32) for key in deltas)
+    assert sum(value.numel() for value in stored.values()) < 60_000, "rows, not whole matrices"
+
+    batch = PiscesDataCollator(make_processor())(make_rows("udte"))
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        base = AutoModelForMultimodalLM.from_pretrained(tmp_path / "base")
+        reloaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(**batch).logits
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+        merged_model, report = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+        merged = merged_model.eval()(**batch).logits
+    assert not any(report.values()), report
+    assert torch.equal(reloaded, expected)
+    difference = (merged - expected)[..., :266].abs().max() / expected[..., :266].abs().max()
+    assert difference < 1e-5
+    assert merged_model.config.new_token_ids == NEW
+    own = load_file(tmp_path / "base/model.safetensors")
+    now = load_file(tmp_path / "merged/model.safetensors")
+    for key in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        if key in own:
+            changed = (own[key] != now[key]).any(-1).nonzero().flatten().tolist()
+            assert changed and set(changed) <= set(NEW)
+
+
+def test_an_adapter_switched_off_leaves_the_base_s_rows(tmp_path):
+    model = adapted_model(tied=True)
+    batch = PiscesDataCollator(make_processor())(make_rows("ut"))
+    make_trainer(model, make_rows("udte"), tmp_path, max_steps=2).train()
+    with torch.no_grad():
+        before = make_model(tie_word_embeddings=True, **CONFIG)(**batch).logits
+        with model.eval().disable_adapter():
+            assert torch.equal(model(**batch).logits, before)
+        assert not torch.equal(model(**batch).logits, before)
