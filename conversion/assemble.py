@@ -12,6 +12,7 @@ gets in `vocabulary.py`.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ from pisces_commands.arguments import COUNT, SEED, whole_number
 
 
 PARTS = {
-    "language_model": "decoder-only language model with its tokenizer",
-    "vision_tower": "understanding tower, or a SigLIP or CLIP pair that holds one",
-    "gen_vision_tower": "generation tower; without one the model only understands",
-    "decoder": "diffusers folder that draws the generation tower's vectors",
+    "language_model": "decoder-only language model with its tokenizer, or a GGUF file of one",
+    "vision_tower": "understanding tower, or a SigLIP or CLIP pair or a Pisces that holds one",
+    "gen_vision_tower": "generation tower, or a Pisces that holds one; without it the model only understands",
+    "decoder": "diffusers folder that draws the generation tower's vectors, or a Pisces that holds one",
 }
 
 
@@ -77,11 +78,18 @@ def assemble(
 
 
 def open_parts(run: AssembleArguments) -> dict[str, Part]:
-    """Open every part that is named; only headers and JSON are read."""
+    """Open every part that is named; only headers and JSON are read.
+
+    Raises:
+        ValueError: a license is given for what is no part of this run.
+    """
+    if unknown := sorted(set(run.licenses) - {role for role in PARTS if getattr(run, role) is not None}):
+        raise ValueError(f"--license {unknown[0]}={run.licenses[unknown[0]]}: expected a part that is given here.")
     parts = {}
     for role in PARTS:
         if (name := getattr(run, role)) is not None:
-            parts[role] = open_part(name, getattr(run, f"{role}_revision"), role, run.allow_pickle)
+            part = open_part(name, getattr(run, f"{role}_revision"), role, run.allow_pickle)
+            parts[role] = replace(part, license=run.licenses.get(role, part.license))
     return parts
 
 
@@ -93,7 +101,8 @@ def report(parts: dict[str, Part], vocabulary: Vocabulary, plan: AssemblyPlan, c
     for role, part in parts.items():
         count = f"{sizes[role]:,} parameters, " if role in sizes else ""
         origin = f"{part.name} at revision {part.revision}" if part.revision else part.name
-        print(f"{role}: {count}{origin}, license {part.license or 'not stated'}")
+        stored = f", dequantized from {types}" if (types := part.origin.get("dequantized_from")) else ""
+        print(f"{role}: {count}{origin}{stored}, license {part.license or f'not stated (--license {role}=ID)'}")
     for name in (name for name in sizes if name not in parts):
         print(f"{name}: {sizes[name]:,} parameters, new, untrained")
     for key in (tensor.name for tensor in plan.tensors if tensor.part in parts and tensor.name in plan.new_tensors):
@@ -124,6 +133,14 @@ def _without_origin(content: Any) -> Any:
     return {key: _without_origin(value) for key, value in content.items() if key not in origin}
 
 
+def _read_licenses(texts: Sequence[str]) -> dict[str, str]:
+    for text in texts:
+        role, _, license = text.partition("=")
+        if role not in PARTS or not license.strip():
+            raise ValueError(f"--license {text}: expected PART=ID with a part of {', '.join(PARTS)}.")
+    return {role: license.strip() for role, _, license in (text.partition("=") for text in texts)}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser("assemble", "Build a Pisces checkpoint from public parts.")
     for role, about in PARTS.items():
@@ -131,7 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{role}", required=required, metavar="PART", help=f"{about}: a folder or a Hub id")
         parser.add_argument(f"--{role}_revision", metavar="COMMIT", help="commit of the Hub id, 40 hexadecimal digits")
     parser.add_argument(
-        "--gen_pool_stride", type=COUNT, default=4, help="patches averaged per side into one drawn vector"
+        "--gen_pool_stride",
+        type=COUNT,
+        help="patches averaged per side into one drawn vector (default: that of the Pisces the tower is from, or 4)",
     )
     parser.add_argument("--gen_head_type", choices=tuple(GEN_HEADS), default="mlp", help="mlp is the paper's")
     parser.add_argument(
@@ -150,10 +169,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPE_FLAGS), help="convert all weights but the decoder's (default: as they are)"
     )
+    parser.add_argument(
+        "--license",
+        action="append",
+        default=[],
+        metavar="PART=ID",
+        help="license of a part whose card does not state it, such as language_model=apache-2.0",
+    )
     parser.add_argument("--seed", type=SEED, default=0, help="of everything that is new")
     parser.add_argument("--allow_pickle", action="store_true", help="also read .bin weights, with weights_only=True")
     flags = vars(parser.parse_args(arguments))
     output, overwrite, size = flags.pop("output"), flags.pop("overwrite"), flags.pop("max_shard_size")
+    flags["licenses"] = _read_licenses(flags.pop("license"))
     assemble(AssembleArguments(**flags), output, overwrite, size)
     print(f"wrote {output}")
 

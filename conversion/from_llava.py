@@ -193,7 +193,9 @@ def make_arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gen_vision_tower_revision", metavar="COMMIT", help="its commit, 40 hexadecimal digits")
     parser.add_argument(
-        "--gen_pool_stride", type=COUNT, default=4, help="patches averaged per side into one drawn vector"
+        "--gen_pool_stride",
+        type=COUNT,
+        help="patches averaged per side into one drawn vector (default: that of the Pisces the tower is from, or 4)",
     )
     parser.add_argument("--gen_head_type", choices=tuple(GEN_HEADS), default="mlp", help="mlp is the paper's")
     parser.add_argument("--seed", type=SEED, default=0, help="of the new projector and head")

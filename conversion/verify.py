@@ -15,6 +15,7 @@ from pathlib import Path
 from conversion.assembly.parts import Part, open_part
 from conversion.checks.parts import COMPARISONS, WholeModel
 from conversion.storage.command import run_command
+from conversion.storage.hub_files import looks_local
 from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint, read_json
 from pisces_commands.arguments import LineParser, finite_number
 from pisces_commands.ending import CommandFailed
@@ -87,7 +88,7 @@ def recorded_parts(folder: Path) -> dict[str, str]:
 
 
 def _open(role: str, name: str) -> Part:
-    if Path(name).expanduser().is_dir():
+    if Path(name).expanduser().exists() or looks_local(name):
         hub_id, commit = name, ""
     else:
         hub_id, _, commit = name.partition("@")

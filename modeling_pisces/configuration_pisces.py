@@ -394,7 +394,7 @@ class PiscesConfig(PreTrainedConfig):
         named = [*ids.values(), *(self.new_token_ids or [])]
         if limit and (padding := [value for value in named if not 0 <= value < limit]):
             raise ValueError(
-                f"token ids {padding} lie outside the {limit} rows that belong to tokens. Leave num_token_rows out, or "
+                f"token ids {padding} lie outside the {limit} rows that belong to tokens. Leave num_token_rows out or "
                 "raise it above every token of the tokenizer."
             )
 

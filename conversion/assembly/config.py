@@ -6,17 +6,16 @@ each checks that what the parts bring fits.
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 from transformers import GenerationConfig
 
 from conversion.assembly.chat_formats import ChatTemplate, make_chat_template
-from conversion.assembly.parts import Part
+from conversion.assembly.parts import Part, load_part_image_processor
 from conversion.assembly.vocabulary import PISCES_TOKENS, Vocabulary
 from modeling_pisces import PiscesConfig, PiscesProcessor
-from modeling_pisces.checkpoint.loading import load_image_processor
 from modeling_pisces.configuration_pisces import num_prefix_tokens, read_generation_config
 
 
@@ -25,7 +24,11 @@ _SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "ep
 
 @dataclass(frozen=True)
 class AssembleArguments:
-    """What to put together. A part is a local folder, or a Hub id together with its `_revision`."""
+    """What to put together. A part is a local folder, or a Hub id together with its `_revision`.
+
+    `gen_pool_stride` None takes that of the Pisces out of which the generation tower is taken, otherwise 4.
+    `licenses` maps a part to what its own card does not say, or says otherwise.
+    """
 
     language_model: str
     vision_tower: str
@@ -35,7 +38,7 @@ class AssembleArguments:
     vision_tower_revision: str | None = None
     gen_vision_tower_revision: str | None = None
     decoder_revision: str | None = None
-    gen_pool_stride: int = 4
+    gen_pool_stride: int | None = None
     gen_head_type: str = "mlp"
     vision_feature_layer: int | None = None
     vision_feature_select_strategy: str | None = None
@@ -43,6 +46,7 @@ class AssembleArguments:
     dtype: str | None = None
     seed: int = 0
     allow_pickle: bool = False
+    licenses: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_config(run: AssembleArguments, parts: Mapping[str, Part], vocabulary: Vocabulary) -> PiscesConfig:
@@ -67,7 +71,7 @@ def make_config(run: AssembleArguments, parts: Mapping[str, Part], vocabulary: V
             text_config=text_config,
             vision_config=towers["vision_tower"],
             gen_vision_config=towers.get("gen_vision_tower"),
-            gen_pool_stride=run.gen_pool_stride,
+            gen_pool_stride=_pool_stride(run, parts.get("gen_vision_tower")),
             gen_head_type=run.gen_head_type,
             vision_feature_layer=run.vision_feature_layer,
             vision_feature_select_strategy=strategy,
@@ -79,6 +83,12 @@ def make_config(run: AssembleArguments, parts: Mapping[str, Part], vocabulary: V
     except Exception as error:  # strict configs wrap what a check raised into a class of their own
         cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
         raise ValueError(" ".join(str(cause).split())) from error
+
+
+def _pool_stride(run: AssembleArguments, part: Part | None) -> int:
+    if run.gen_pool_stride is not None:
+        return run.gen_pool_stride
+    return part.pisces.gen_pool_stride if part is not None and part.pisces is not None else 4
 
 
 def make_processor(
@@ -112,13 +122,13 @@ def make_processor(
 
 def _open_image_processor(part: Part, tower: Any) -> Any:
     side, where = tower.image_size, f"{part.role} {part.name}"
-    if not (part.path / "preprocessor_config.json").is_file():
+    if part.pisces is None and not (part.path / "preprocessor_config.json").is_file():
         raise ValueError(
             f"{where}: preprocessor_config.json not found. It says how pictures are resized and normalised; get it "
             "from where the tower comes from."
         )
     try:
-        image_processor = load_image_processor(part.path)
+        image_processor = load_part_image_processor(part)
         pixels = image_processor([Image.new("RGB", (side + 3, side))], return_tensors="pt")["pixel_values"]
     except Exception as error:  # each image processor has its own errors; all mean that this file is wrong
         raise ValueError(

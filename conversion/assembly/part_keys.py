@@ -12,13 +12,12 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from conversion.assembly.parts import Part
+from conversion.assembly.parts import TOWER_PREFIXES, Part
 from conversion.storage.tensors import SourceTensor
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
 
 
 LANGUAGE_MODEL = "model.language_model."
-TOWERS = {"vision_tower": "model.vision_tower.", "gen_vision_tower": "model.gen_vision_tower."}
 LM_HEAD = "lm_head.weight"
 
 # what the head is called in files of classes that transformers has since given the common name (GPT-NeoX)
@@ -108,7 +107,7 @@ def match_tower(part: Part, expected: ExpectedTensors) -> dict[str, SourceTensor
     Raises:
         ValueError: naming the first key that is missing, extra or misshapen.
     """
-    target = TOWERS[part.role]
+    target = TOWER_PREFIXES[part.role]
     # some releases of transformers keep the vision half under "vision_model." in class and file, some do not
     keys = [key for key in expected.shapes if key.startswith(target)]
     bare = {key: key.removeprefix(target).removeprefix("vision_model.") for key in keys}

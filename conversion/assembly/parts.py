@@ -7,7 +7,8 @@ so. Which tensor goes where in a Pisces checkpoint is left to the commands.
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,20 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
+from conversion.storage.gguf_file import is_gguf, unpack_gguf
 from conversion.storage.hub_files import find_folder
 from conversion.storage.output_folder import new_folder
 from conversion.storage.tensors import DTYPE_NAMES, PlannedTensor, SourceTensor, index_tensors
 from conversion.storage.write import write_shards
-from modeling_pisces import PiscesGenVisionConfig
+from modeling_pisces import PiscesConfig, PiscesGenVisionConfig, PiscesProcessor
 from modeling_pisces.checkpoint.files import read_json
+from modeling_pisces.checkpoint.loading import load_image_processor
 from modeling_pisces.configuration_pisces import num_patches
 
 
 ROLES = ("language_model", "vision_tower", "gen_vision_tower", "decoder", "raw")
+# where the towers lie in a Pisces checkpoint
+TOWER_PREFIXES = {"vision_tower": "model.vision_tower.", "gen_vision_tower": "model.gen_vision_tower."}
 # what is fetched from the Hub; weights in a pickle only when they were asked for
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
 
@@ -46,6 +51,8 @@ class Part:
         license: what its card says; None if it says nothing.
         name: as the user gave it.
         role: what it was opened as.
+        pisces: the whole config, where a tower is taken out of a Pisces checkpoint; None for a part of its own.
+        origin: more about where the weights come from, for provenance: a GGUF file's types and hash.
     """
 
     path: Path
@@ -55,6 +62,8 @@ class Part:
     license: str | None
     name: str
     role: str
+    pisces: PiscesConfig | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_part(
@@ -63,7 +72,8 @@ def open_part(
     """Open a part and check that it fits its role.
 
     Args:
-        name: a local folder, or a Hub id like owner/name.
+        name: a local folder, or a Hub id like owner/name. A language model may also be a GGUF file. A tower or a
+            decoder may be a Pisces checkpoint, out of which it is taken.
         revision: the commit (40 hexadecimal digits) of a Hub id; a local folder has none.
         role: one of `ROLES`; "raw" opens any checkpoint without a check of what it is.
         allow_pickle: also take `.bin` weights, converted once to safetensors in a hidden folder beside the part.
@@ -73,17 +83,68 @@ def open_part(
     """
     if role not in ROLES:
         raise ValueError(f"role {role!r}: expected one of {', '.join(ROLES)}.")
+    if is_gguf(name):
+        return _open_gguf(name, revision, role)
     path, revision = find_folder(name, revision, _FILES + (["*.bin", "*.pt"] if allow_pickle else []))
     license = read_license(path)
     if role == "decoder":
         return Part(path, _read_decoder(name, path), _index_decoder(path), revision, license, name, role)
     try:
         config = read_json(path / "config.json")
+        if role in TOWER_PREFIXES and config.get("model_type") == PiscesConfig.model_type:
+            pisces, tower, tensors = _take_tower(path, config, role)
+            return Part(path, tower, tensors, revision, license, name, role, pisces)
         if role != "raw":
             config = _check_role(path, config, role)
         return Part(path, config, _index(path, allow_pickle), revision, license, name, role)
     except ValueError as error:
         raise ValueError(f"{role} {name}: {error}") from error
+
+
+def _open_gguf(name: str, revision: str | None, role: str) -> Part:
+    where, file = f"{role} {name}", Path(name).expanduser()
+    if role != "language_model":
+        raise ValueError(f"{where}: a GGUF file holds a language model. Give a folder or a Hub id.")
+    if not file.is_file():
+        raise ValueError(f"{where}: no such file.")
+    if revision is not None:
+        raise ValueError(f"{where}: a revision ({revision}) is given for a local file. Leave it out.")
+    try:
+        unpacked = unpack_gguf(file)
+        config = _check_role(unpacked.folder, read_json(unpacked.folder / "config.json"), role)
+        tensors = index_tensors(unpacked.folder)
+    except ValueError as error:
+        raise ValueError(f"{role} {error}") from error
+    return Part(unpacked.folder, config, tensors, None, unpacked.license, name, role, origin=unpacked.origin)
+
+
+def _take_tower(
+    path: Path, config: dict[str, Any], role: str
+) -> tuple[PiscesConfig, PreTrainedConfig, dict[str, SourceTensor]]:
+    """One tower of a Pisces checkpoint: the whole config, the tower's own, and its tensors under their own names."""
+    if config.get("quantization_config"):
+        raise ValueError("config.json: found quantization_config. Give the checkpoint that it was made from.")
+    pisces = PiscesConfig.from_pretrained(path)
+    tower = getattr(pisces, role.replace("tower", "config"))
+    if tower is None:
+        raise ValueError("is a Pisces without a generation tower (gen_vision_config=None), expected one with it.")
+    prefix = TOWER_PREFIXES[role]
+    found = {key.removeprefix(prefix): place for key, place in index_tensors(path).items() if key.startswith(prefix)}
+    return pisces, tower, found
+
+
+def load_part_image_processor(part: Part) -> Any:
+    """How a tower's pictures are resized and normalised, from its own folder or from the Pisces it is taken out of.
+
+    Raises:
+        Exception: of the image processor's own kind, where a file is missing or wrong.
+    """
+    if part.pisces is None:
+        return load_image_processor(part.path)
+    processor = PiscesProcessor.from_pretrained(part.path)
+    return getattr(
+        processor, {"vision_tower": "image_processor", "gen_vision_tower": "gen_image_processor"}[part.role]
+    )
 
 
 def read_license(path: Path) -> str | None:
@@ -218,4 +279,4 @@ def _check_tower(where: str, config: PreTrainedConfig) -> PreTrainedConfig:
     return vision_config
 
 
-__all__ = ["ROLES", "Part", "open_part", "read_license"]
+__all__ = ["ROLES", "TOWER_PREFIXES", "Part", "load_part_image_processor", "open_part", "read_license"]

@@ -57,12 +57,14 @@ def write_provenance(
 
 def _describe(part: Part) -> dict[str, Any]:
     # a local folder by its last name only: its path says nothing outside of this machine
-    is_local = Path(part.name).expanduser().is_dir()
+    is_local = Path(part.name).expanduser().exists()
     return {
         "name": Path(part.name).expanduser().resolve().name if is_local else part.name,
         "revision": part.revision,
         "license": part.license,
         "model_type": part.config.get("model_type") if isinstance(part.config, dict) else part.config.model_type,
+        **part.origin,
+        **({"taken_out_of": part.pisces.model_type} if part.pisces is not None else {}),
     }
 
 

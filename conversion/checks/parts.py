@@ -98,6 +98,9 @@ def compare_gen_vision_tower(part: Part, whole: WholeModel) -> Compared:
 
 
 def _tower(part: Part, whole: WholeModel) -> Any:
+    if part.pisces is not None:
+        origin, _ = load_model(part.path, device="cpu")
+        return getattr(origin.to(whole.dtype).float().model, part.role)
     is_own = part.config.model_type == PiscesGenVisionModel.config_class.model_type
     model = _load_alone(PiscesGenVisionModel if is_own else AutoModel, part, whole)
     return getattr(model, "vision_model", model)  # of a SigLIP or CLIP pair

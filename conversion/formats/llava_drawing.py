@@ -10,13 +10,12 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from conversion.assembly.new_tensors import new_module_tensors
 from conversion.assembly.part_keys import expected_tensors, match_tower
-from conversion.assembly.parts import Part, open_part
-from conversion.assembly.plan import new_module_tensors
+from conversion.assembly.parts import Part, load_part_image_processor, open_part
 from conversion.assembly.vocabulary import PISCES_TOKENS
 from conversion.storage.tensors import DTYPE_NAMES, PlannedTensor
 from modeling_pisces import PiscesConfig
-from modeling_pisces.checkpoint.loading import load_image_processor
 
 
 @dataclass(frozen=True)
@@ -26,21 +25,22 @@ class GenerationSide:
     Args:
         tower: folder or Hub id of a generation tower.
         revision: its commit on the Hub.
-        pool_stride: patches averaged per side into one drawn vector.
+        pool_stride: patches averaged per side into one drawn vector; None: the tower's own in a Pisces, or 4.
         head_type: "mlp" (the paper's), or another of `GEN_HEADS`.
         seed: of the new projector and head.
     """
 
     tower: str
     revision: str | None = None
-    pool_stride: int = 4
+    pool_stride: int | None = None
     head_type: str = "mlp"
     seed: int = 0
 
     def open(self) -> tuple[Part, dict[str, Any]]:
         """The tower, and the settings that a `PiscesConfig` takes of it."""
         part = open_part(self.tower, self.revision, "gen_vision_tower")
-        settings = {"gen_pool_stride": self.pool_stride, "gen_head_type": self.head_type}
+        own = part.pisces.gen_pool_stride if part.pisces is not None else 4
+        settings = {"gen_pool_stride": self.pool_stride or own, "gen_head_type": self.head_type}
         return part, {"gen_vision_config": part.config, **settings}
 
 
@@ -64,7 +64,7 @@ def open_image_processor(part: Part) -> Any:
         ValueError: the part does not say it.
     """
     try:
-        return load_image_processor(part.path)
+        return load_part_image_processor(part)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"gen_vision_tower {part.name}: no image processor ({' '.join(str(error).split())}). Get its "

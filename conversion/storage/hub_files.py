@@ -13,6 +13,8 @@ from conversion.storage.tensors import SourceTensor, index_tensors
 from modeling_pisces.checkpoint.files import read_weight_map as read_index
 
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".ckpt", ".zip", ".tar", ".gz")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -36,15 +38,24 @@ def find_folder(name: str, revision: str | None, patterns: Sequence[str]) -> tup
             raise ValueError(f"{name}: a revision ({revision}) is given for a local folder. Leave it out.")
         resolved = path.resolve()  # a folder of the Hub's cache is named by its commit
         return path, resolved.name if resolved.parent.name == "snapshots" and COMMIT.fullmatch(resolved.name) else None
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+    if path.exists() or (looks_local(name) and not (revision and _HUB_ID.fullmatch(name))):
         found = "this is a file" if path.exists() else "no such folder"
         raise ValueError(f"{name}: {found}. Give a local folder, or a Hub id like owner/name with its revision.")
     if revision is None or not COMMIT.fullmatch(revision):
         raise ValueError(
             f"{name}: revision is {revision!r}, expected the 40 hexadecimal digits of a commit, so that the same "
-            "command gives the same model next year. The Hub shows it under Files and versions, History."
+            "command gives the same model next year. The Hub shows it under Files and versions, History. (There is no "
+            "folder of this name here either.)"
         )
     return _fetch(name, revision, patterns), revision
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name can only mean a path: no owner/name, or an owner that is a folder here, or a file's suffix."""
+    if not _HUB_ID.fullmatch(name):
+        return True
+    owner, _, last = name.partition("/")
+    return Path(owner).is_dir() or last.lower().endswith(_FILE_SUFFIXES)
 
 
 def _fetch(repo_id: str, revision: str, patterns: Sequence[str]) -> Path:

@@ -24,8 +24,8 @@ from transformers import (
 
 from conversion.assemble import AssembleArguments, assemble, main
 from conversion.assembly import vocabulary
-from conversion.assembly.vocabulary import PISCES_TOKENS
 from conversion.assembly.provenance import write_provenance
+from conversion.assembly.vocabulary import PISCES_TOKENS
 from conversion.storage.command import run_command
 from modeling_pisces import PiscesGenVisionModel
 from tests.conversion.part_fixtures import (
