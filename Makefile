@@ -16,13 +16,14 @@ OUTPUT ?= outputs
 TESTS ?= tests
 WORKERS ?= 2
 SOURCE ?=
+UNTIL ?=
 VERSION ?= 5.16.1 5.19.0 5.23.0 5.24.0
 
 # A shell argument, whatever quotes the value holds.
 quoted = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples tiny test test-all test-mixins test-newest test-clients test-transformers lmms-eval docs check format wheel-check clean
+.PHONY: help setup demo examples tiny test test-all test-mixins test-newest test-clients test-transformers resolution lmms-eval docs check format wheel-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -76,6 +77,10 @@ test-newest: $(INSTALLED) ## the fast tests on the newest releases of the index,
 	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	@$(BIN)/python tests/newest.py --python .venv-newest/bin/python --workers $(WORKERS) $(TESTS)
 
+resolution: $(INSTALLED) ## what pip resolves to on each Python and platform, into docs/compatibility.md (UNTIL=2026-11-29)
+	@test -x .venv-uv/bin/uv || { $(PYTHON) -m venv .venv-uv && .venv-uv/bin/python -m pip install --quiet --disable-pip-version-check uv; }
+	@$(BIN)/python tests/resolution.py --uv .venv-uv/bin/uv $(if $(UNTIL),--until $(call quoted,$(UNTIL)))
+
 test-mixins: $(INSTALLED) ## the common tests of transformers, PEFT and diffusers on our classes (SOURCE=, DIFFUSERS= checkouts run more)
 	@status=0; $(BIN)/python tests/mixins/run_mixins.py $(if $(SOURCE),--source $(call quoted,$(SOURCE))) || status=$$?; \
 		$(BIN)/python tests/mixins/run_peft_mixins.py || status=$$?; \
@@ -128,4 +133,4 @@ wheel-check: $(INSTALLED) ## build the wheel, install it alone in an empty envir
 	@$(BIN)/python -m pytest -q -m slow tests/test_project.py
 
 clean: ## remove environments, caches and build products (outputs/ and runs/ stay)
-	rm -rf .venv .venv-lmms-eval .venv-newest .venv-clients .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-uv .venv-lmms-eval .venv-newest .venv-clients .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -67,16 +67,21 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def replace_table(page: str, runs: list[dict]) -> str:
-    """The page with the table between its two marks.
+def replace_between(page: str, begin: str, end: str, content: str) -> str:
+    """The page with this content between its two marks.
 
     Raises:
         ValueError: a mark is missing.
     """
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page lacks a line {BEGIN!r} or {END!r}. Put both back, the table goes between them.")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(runs)}\n\n{END}{rest.split(END)[1]}"
+    if begin not in page or end not in page:
+        raise ValueError(f"the page lacks a line {begin!r} or {end!r}. Put both back, the table goes between them.")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
+def replace_table(page: str, runs: list[dict]) -> str:
+    """The page with the table of these runs between its two marks."""
+    return replace_between(page, BEGIN, END, table(runs))
 
 
 def main() -> int:
