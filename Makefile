@@ -48,8 +48,9 @@ demo: $(INSTALLED) ## questions about pictures and drawings on one contact sheet
 		$(if $(PROMPT),--prompt $(call quoted,$(PROMPT)))
 
 examples: $(INSTALLED) ## render the sample pictures of examples/ again
-	@rm -rf examples
-	@$(BIN)/python -m finetune.scenes --output examples --num_scenes 12 --seed 1 --split heldout
+	@rm -rf $(call quoted,$(OUTPUT)/examples)
+	@$(BIN)/python -m finetune.scenes --output $(call quoted,$(OUTPUT)/examples) --num_scenes 12 --seed 1 --split heldout
+	@cp -R $(call quoted,$(OUTPUT)/examples)/. examples/
 
 test: $(INSTALLED) ## the fast tests (WORKERS=2 processes)
 	@$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(TESTS)

@@ -18,7 +18,7 @@ from modeling_pisces.hub.export import code_files
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_pisces"
-ROOMS = ("modeling_pisces", "conversion", "finetune", "evaluation", "benchmarks", "demo")
+ROOMS = ("modeling_pisces", "conversion", "finetune", "evaluation", "benchmarks", "demo", "examples")
 LEAVES = ("benchmarks",)  # may import every room, and nobody imports them
 GROUND = "pisces_commands"  # what every room's commands are made of; in the wheel, imports without torch
 # what code that the Hub carries may import at the top: the loader refuses to run where anything else is missing
@@ -226,11 +226,12 @@ def test_files_are_written_in_one_place():
         "evaluation/study/steps.py",  # the log of a step
         "evaluation/understanding/harness.py",  # logs of the harness
         "benchmarks/assemble.py",  # in a temporary folder
+        "examples/emoji/make_data.py",
     }
     writing = re.compile(
         r"write_text\(|write_bytes\(|open\(\"[wax]|, \"[wax]b?\"|json\.dump\(|savefig\(path|\.save\((path|folder)"
     )
-    for room in (GROUND, "modeling_pisces", "finetune", "evaluation", "benchmarks", "demo"):
+    for room in (GROUND, "modeling_pisces", "finetune", "evaluation", "benchmarks", "demo", "examples"):
         for path in python_files(room):
             if (name := path.relative_to(ROOT).as_posix()) not in inside:
                 found = writing.findall(path.read_text(encoding="utf-8"))
