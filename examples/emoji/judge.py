@@ -99,7 +99,7 @@ def train(judge: Judge, pictures: Tensor, targets: dict[str, Tensor], options: a
                 bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
             state = {"epoch": epoch + 1, **{name: part.state_dict() for name, part in parts.items()}}
-            write_whole(work / "state.pt", partial(torch.save, state))
+            write_whole(work / "state.pt", partial(torch.save, state), sync=False)
 
 
 def _load_state(parts: dict[str, Any], path: Path) -> int:

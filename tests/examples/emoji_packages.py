@@ -76,5 +76,6 @@ def _draw(row, column, vendor):
     colour = (row * 37 % 256, row * 11 % 256, column * 40 % 256, 255)
     draw = ImageDraw.Draw(image)
     shape = draw.ellipse if vendor == "google" else draw.rectangle
-    shape((4 + row % 9, 4 + row // 9, 50, 50 + column), fill=colour)
+    line = {} if vendor == "google" else {"outline": (0, 0, 0, 255), "width": 5}
+    shape((4 + row % 9, 4 + row // 9, 50, 50 + column), fill=colour, **line)
     return image.convert("P") if vendor == "twitter" else image
