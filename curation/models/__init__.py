@@ -1,0 +1,1 @@
+"""What needs a network: agreement of text and picture, aesthetics, questions, captions."""

@@ -1,0 +1,1 @@
+"""Decisions from numbers and words, without a network: measures of a picture, thresholds, near copies, captions."""

@@ -1,0 +1,1 @@
+"""Work shard by shard: the index folder, its tables, and the runner."""

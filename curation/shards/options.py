@@ -1,0 +1,86 @@
+"""Flags that the commands of this room share, and how they end."""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from curation.shards.index import Index
+from curation.shards.runner import ENGINES, Workers, parse_part
+from modeling_pisces.arguments_pisces import COUNT, LineParser
+from modeling_pisces.command_ending_pisces import EXIT_OK, CommandEnd, one_line_ending
+
+
+def make_parser(command: str, description: str, index: bool = True) -> LineParser:
+    parser = LineParser(prog=f"python -m curation.{command}", description=description)
+    if index:
+        parser.add_argument("--index", required=True, metavar="FOLDER", help="index folder of curation.scan")
+    return parser
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Flags of the runner."""
+    parser.add_argument("--processes", type=COUNT, default=os.cpu_count() or 1, help="worker processes (default: all)")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="only this share of the shards: 0/16 to 15/16")
+    parser.add_argument("--engine", choices=ENGINES, default="processes", help="who runs the shards")
+    parser.add_argument("--address", help="with --engine ray: a cluster's address (default: start Ray here)")
+
+
+def workers_of(options: argparse.Namespace) -> Workers:
+    """The runner that the flags ask for.
+
+    Raises:
+        ValueError: a share that is none, or an address that nobody uses.
+    """
+    part, num_parts = parse_part(options.shard)
+    if options.address and options.engine != "ray":
+        raise ValueError("--address has no effect without --engine ray. Leave it out.")
+    return Workers(options.processes, part, num_parts, options.engine, options.address)
+
+
+def read_yaml(path: str, what: str) -> dict[str, Any]:
+    """The mapping of a YAML file.
+
+    Raises:
+        ValueError: it is not there, is no YAML or no mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{what} {path}: no such file (looked from {Path.cwd()}). Check the path.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{what} {path}: cannot be read as YAML ({reason}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} {path}: found {type(content).__name__}, expected keys and values.")
+    return content
+
+
+def end(work: Callable[[], int | None], command: str) -> int:
+    """Do the work of a command and return its exit code."""
+    try:
+        with one_line_ending(
+            f"{command}: error: ", interrupted="interrupted; the same command goes on from the last shard"
+        ):
+            return work() or EXIT_OK
+    except CommandEnd as ending:
+        return ending.code
+
+
+def tell_unfinished(stage: str, missing: int, total: int) -> None:
+    print(
+        f"{stage}: {total - missing} of {total} shards are there; other --shard parts make the rest", file=sys.stderr
+    )
+
+
+def tell_rules(index: Index, before: str) -> str:
+    """How many pictures are kept, and how many each rule dropped."""
+    counts = Counter(row["rule"] for row in index.iter_rows(before, ()))
+    kept, total = counts.pop(None, 0), sum(counts.values())
+    rules = "".join(f"\n  {count:8d}  {rule}" for rule, count in counts.most_common())
+    return f"{kept} of {kept + total} rows are kept{'; dropped by' if rules else ''}{rules}"
