@@ -180,6 +180,11 @@ def _sidecars(folder: Path) -> Iterator[Entry]:
         }
 
 
+def list_pictures(folder: Path) -> list[Path]:
+    """Picture files of a folder and those below it, in the order of their names."""
+    return list(_walk(folder))
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

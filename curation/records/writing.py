@@ -282,8 +282,8 @@ def write_card(index: Index, output: Path, settings: dict[str, Any]) -> dict[str
     lines = [
         "# A curated training set",
         "",
-        f"{rules['exported']} of {sum(rules.values())} pictures were kept. Every row, kept or not, stands in `index/` with",
-        "its source, license, digests, scores and the rule that dropped it; all settings are in `curation.json`.",
+        f"{rules['exported']} of {sum(rules.values())} pictures were kept. Every row, kept or not, stands in `index/`",
+        "with its source, license, digests, scores and the rule that dropped it; all settings are in `curation.json`.",
         "",
         "| rule | pictures |",
         "|---|---|",

@@ -126,8 +126,8 @@ class Index:
             if missing:
                 command = "filter" if name == "scores" else name
                 raise ValueError(
-                    f"{self.folder}: {len(missing)} of {self.num_shards} shards of {name} are not made for the present "
-                    f"files and settings. Run python -m curation.{command} on it (again)."
+                    f"{self.folder}: {len(missing)} of {self.num_shards} shards of {name} are not made for the present"
+                    f" files and settings. Run python -m curation.{command} on it (again)."
                 )
 
     def read(self, number: int, before: str = "export", columns: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -165,8 +165,8 @@ def _in_ray(function: Callable[..., Any], tasks: list[tuple], workers: Workers) 
                 yield
     except ray.exceptions.WorkerCrashedError as error:
         raise CommandFailed(
-            "a Ray worker was killed four times at the same shard, most often for want of memory. Run the same command "
-            "again: finished shards are kept."
+            "a Ray worker was killed four times at the same shard, most often for want of memory. Run the same"
+            " command again: finished shards are kept."
         ) from error
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, (ValueError, OSError)) else error) from error

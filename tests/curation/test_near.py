@@ -86,7 +86,7 @@ def test_a_crop_is_laid_on_its_place_and_another_picture_is_not():
         large, small = thumbnail(image, 192), thumbnail(part, 192)
         match = match_crop(large, small, (0.04, 0.02, 0.04, 0.02), side=32)
         assert np.allclose(match.cuts, (0.04, 0.02, 0.05, 0.01), atol=0.006)
-        assert match.distance < 1.0
+        assert match.distance < 2.5  # hard edges between pixels; another picture is far from it
         other = match_crop(large, thumbnail(photo(seed + 50, (200, 200)), 192), (0.04, 0.02, 0.04, 0.02), side=32)
         assert other.distance > 20
 
