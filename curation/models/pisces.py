@@ -61,13 +61,17 @@ class PiscesJudge:
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     @torch.no_grad()
-    def answer(self, images: Sequence[Image.Image], request: str, max_new_tokens: int = 128) -> list[str]:
-        """The model's own words about each picture, greedy: the same on every run."""
+    def answer(self, images: Sequence[Image.Image], request: str, max_new_tokens: int) -> list[tuple[str, bool]]:
+        """The model's own words about each picture, greedy, and whether they were cut at the limit of tokens."""
         rows = [_conversation(image, request) for image in images]
         inputs = self._inputs(rows, add_generation_prompt=True)
         found = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-        texts = self.processor.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        new = found[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=new.device)
+        has_ended = torch.isin(new, ends).any(1).tolist()
+        return [(text.strip(), not ended) for text, ended in zip(texts, has_ended, strict=True)]
 
     @torch.no_grad()
     def yes(self, images: Sequence[Image.Image], question: str) -> list[float]:

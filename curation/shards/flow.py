@@ -6,6 +6,8 @@ from typing import Any
 
 from curation.records.exporting import check_folder, export_settings, run_export
 from curation.records.scanning import run_scan
+from curation.rules.balancing import balance_settings, run_balance
+from curation.rules.benchmarks import contamination_settings, run_contamination
 from curation.rules.deduplication import copy_rules, run_dedup
 from curation.rules.filtering import run_filter
 from curation.rules.thresholds import GROUPS, check_settings
@@ -33,6 +35,13 @@ def check_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "filter": check_settings({name: config[name] for name in GROUPS if name in config}, where),
         "export": export_settings(config.get("export"), where),
     }
+    for stage, read in (("contamination", contamination_settings), ("balance", balance_settings)):
+        if config.get(stage) is not None:
+            checked[stage] = read(config[stage], where)
+    if config.get("caption") is not None:
+        from curation.models.captioning import caption_settings  # needs torch, which the others do not
+
+        checked["caption"] = caption_settings(config["caption"], where)
     if config.get("dedup") is not None:
         checked["dedup"] = copy_rules(config["dedup"], where)
     return checked
@@ -61,7 +70,25 @@ def run_all(
         run_dedup(index, *config["dedup"])
     else:
         index.drop_stage("dedup")
+    for stage, function in SHARDED.items():
+        if stage not in config:
+            index.drop_stage(stage)
+        elif not function(index, config[stage], workers):
+            return waiting(stage, index.missing(stage))
+    if "balance" in config:
+        run_balance(index, config["balance"])
+    else:
+        index.drop_stage("balance")
     return run_export(index, output, config["export"], workers) or waiting("export", [])
+
+
+def _run_captions(index: Index, settings: dict[str, Any], workers: Workers) -> bool:
+    from curation.models.captioning import run_captions  # needs torch, which the others do not
+
+    return run_captions(index, settings, workers)
+
+
+SHARDED = {"contamination": run_contamination, "caption": _run_captions}  # in their order
 
 
 def waiting(stage: str, missing: list[int]) -> str:
