@@ -292,7 +292,7 @@ def measure_speed(folder: Path, count: int = 1500, pairs: int = 3) -> dict[str, 
 
 def _make_pictures(folder: Path, kind: str, count: int) -> None:
     from benchmarks.curation_faults import shaded_photo
-    from finetune.scenes import make_row
+    from finetune.scenes.render import make_row
 
     folder.mkdir(parents=True)
     for number in range(count):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from finetune.scenes import make_row
+from finetune.scenes.render import make_row
 
 
 SIDE = 256

@@ -18,9 +18,9 @@ from benchmarks.floors.devices import DEVICES
 from benchmarks.floors.models import full_size, make_model
 from benchmarks.floors.training import MetaStep, fill, recipe_config
 from benchmarks.floors.work import Task, decoder, question, vae, vectors
-from modeling_pisces.arguments_pisces import LineParser
-from modeling_pisces.command_ending_pisces import run_command
-from modeling_pisces.measurement_pisces import write_result
+from pisces_commands.arguments import LineParser
+from pisces_commands.ending import run_command
+from pisces_commands.measurement import write_result
 
 
 RECIPES = ("understanding", "generation", "joint")

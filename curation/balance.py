@@ -11,7 +11,7 @@ import sys
 from curation.rules.balancing import DEFAULTS, balance_settings, count_groups, run_balance
 from curation.shards.index import Index
 from curation.shards.options import end, make_parser
-from modeling_pisces.arguments_pisces import COUNT, SEED
+from pisces_commands.arguments import COUNT, SEED
 
 
 SHOWN = 20

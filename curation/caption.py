@@ -14,7 +14,7 @@ from collections import Counter
 from curation.models.captioning import DEFAULTS, STYLES, caption_settings, run_captions
 from curation.shards.index import Index
 from curation.shards.options import add_workers, end, make_parser, tell_unfinished, workers_of
-from modeling_pisces.arguments_pisces import COUNT, finite_number
+from pisces_commands.arguments import COUNT, finite_number
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,8 +12,8 @@ import sys
 from curation.rules.benchmarks import DEFAULTS, contamination_settings, run_contamination
 from curation.shards.index import Index
 from curation.shards.options import add_workers, end, make_parser, tell_unfinished, workers_of
-from modeling_pisces.arguments_pisces import finite_number, whole_number
-from modeling_pisces.command_ending_pisces import EXIT_FAILED
+from pisces_commands.arguments import finite_number, whole_number
+from pisces_commands.ending import EXIT_FAILED
 
 
 def build_parser() -> argparse.ArgumentParser:

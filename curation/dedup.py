@@ -13,7 +13,7 @@ from curation.rules.copies import CopyRules
 from curation.rules.deduplication import KEEP, copy_rules, run_dedup
 from curation.shards.index import Index
 from curation.shards.options import end, make_parser, tell_rules
-from modeling_pisces.arguments_pisces import SHARE, finite_number, whole_number
+from pisces_commands.arguments import SHARE, finite_number, whole_number
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from curation.records.exporting import DEFAULTS, export_settings, run_export, te
 from curation.records.writing import FORMATS
 from curation.shards.index import Index
 from curation.shards.options import add_workers, end, make_parser, workers_of
-from modeling_pisces.arguments_pisces import SEED, SHARE
+from pisces_commands.arguments import SEED, SHARE
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,9 +14,9 @@ import sys
 from curation.rules.reporting import Report
 from curation.shards.index import Index
 from curation.shards.options import end, make_parser
-from modeling_pisces.arguments_pisces import COUNT
-from modeling_pisces.contact_sheet_pisces import make_contact_sheet
-from modeling_pisces.file_writing_pisces import write_whole
+from modeling_pisces.console.contact_sheet import make_contact_sheet
+from pisces_commands.arguments import COUNT
+from pisces_commands.writing import write_whole
 
 
 def build_parser() -> argparse.ArgumentParser:

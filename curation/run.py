@@ -16,7 +16,7 @@ from curation.records.sources import ROWS_PER_SHARD
 from curation.scan import sources_of
 from curation.shards.flow import check_config, run_all
 from curation.shards.options import add_workers, end, make_parser, read_yaml, workers_of
-from modeling_pisces.arguments_pisces import COUNT
+from pisces_commands.arguments import COUNT
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,8 +17,8 @@ from curation.records.scanning import run_scan
 from curation.records.sources import ROWS_PER_SHARD
 from curation.shards.index import Index
 from curation.shards.options import add_workers, end, make_parser, tell_unfinished, workers_of
-from modeling_pisces.arguments_pisces import COUNT
 from modeling_pisces.image_loading_pisces import DEFAULT_MAX_PIXELS
+from pisces_commands.arguments import COUNT
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,8 +21,8 @@ from packaging.utils import canonicalize_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_pisces.file_writing_pisces import write_json, write_whole
-from modeling_pisces.measurement_pisces import current_command, current_commit
+from pisces_commands.measurement import current_command, current_commit
+from pisces_commands.writing import write_json, write_whole
 from tests.compatibility import replace_between
 
 

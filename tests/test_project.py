@@ -18,7 +18,7 @@ from modeling_pisces.hub.export import code_files
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_pisces"
-ROOMS = ("modeling_pisces", "conversion", "finetune", "evaluation", "benchmarks", "demo", "examples")
+ROOMS = ("modeling_pisces", "conversion", "finetune", "evaluation", "benchmarks", "demo", "examples", "curation")
 LEAVES = ("benchmarks",)  # may import every room, and nobody imports them
 GROUND = "pisces_commands"  # what every room's commands are made of; in the wheel, imports without torch
 # what code that the Hub carries may import at the top: the loader refuses to run where anything else is missing

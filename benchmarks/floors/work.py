@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from benchmarks.floors.counting import count, use_counted_attention, weight_bytes
 from benchmarks.floors.devices import Device
 from benchmarks.floors.models import make_unet, make_vae
-from modeling_pisces.outputs_pisces import CACHE_NAME
+from modeling_pisces.placeholders_pisces import CACHE_NAME
 
 
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 32

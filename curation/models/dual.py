@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from modeling_pisces.model_loading_pisces import quiet_libraries
+from modeling_pisces.checkpoint.loading import quiet_libraries
 
 
 KINDS = ("clip", "siglip", "siglip2")

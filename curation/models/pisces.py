@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from modeling_pisces.model_loading_pisces import load_model, quiet_libraries
+from modeling_pisces.checkpoint.loading import load_model, quiet_libraries
 
 
 REQUEST = "describe the picture."

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from modeling_pisces.command_ending_pisces import CommandFailed
+from pisces_commands.ending import CommandFailed
 
 
 TRIES = 4

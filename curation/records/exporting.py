@@ -7,7 +7,7 @@ from typing import Any
 from curation.records.writing import FORMATS, data_file, export_shard, index_part, write_card
 from curation.shards.index import Index
 from curation.shards.runner import Workers, run_tasks
-from modeling_pisces.command_ending_pisces import CommandFailed
+from pisces_commands.ending import CommandFailed
 
 
 DEFAULTS: dict[str, Any] = {"format": "parquet", "keep_short": 0.1, "seed": 0}

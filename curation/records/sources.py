@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from curation.records.places import BadPlace, locate, read_bytes
 from curation.records.shapes import IMAGE_FIELDS
 from curation.shards.tables import UNREADABLE
-from modeling_pisces.file_writing_pisces import write_json, write_whole
 from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES
+from pisces_commands.writing import write_json, write_whole
 
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")

@@ -24,8 +24,8 @@ from curation.records.reading import read_shard
 from curation.records.shapes import IMAGE_TAG, Sample
 from curation.shards.index import Index
 from curation.shards.tables import read_table, write_table
-from modeling_pisces.file_writing_pisces import write_whole
 from modeling_pisces.image_loading_pisces import open_picture
+from pisces_commands.writing import write_whole
 
 
 FORMATS = ("parquet", "tar")

@@ -11,7 +11,7 @@ from typing import Any
 from curation.records.examples import load_examples
 from curation.rules.thresholds import LIMITS, Limit, numbers_of
 from curation.shards.index import Index
-from modeling_pisces.contact_sheet_pisces import Section, Tile
+from modeling_pisces.console.contact_sheet import Section, Tile
 
 
 COLUMNS = ("short_side", "aspect", "num_bytes", "entropy", "one_color", "sharpness", "words")
@@ -101,9 +101,7 @@ class Report:
         wanted = sorted({(-entry[1], -entry[2]) for nearest in self.near.values() for entry in nearest})
         images = load_examples(self.index, wanted)
         sections = []
-        for (limit, is_kept), nearest in sorted(
-            self.near.items(), key=lambda item: (LIMITS.index(item[0][0]), item[0][1])
-        ):
+        for (limit, is_kept), _ in sorted(self.near.items(), key=lambda item: (LIMITS.index(item[0][0]), item[0][1])):
             tiles = [
                 Tile(images[-shard, -place], f"{limit.column} {value:.4g}")
                 for _, shard, place, value in sorted(self.near[limit, is_kept], reverse=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from curation.shards.tables import count_rows, read_table
-from modeling_pisces.file_writing_pisces import write_json
+from pisces_commands.writing import write_json
 
 
 # In the order in which a picture goes through them. `scores` belongs to `filter`: it is what a model says of a

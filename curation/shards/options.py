@@ -12,8 +12,8 @@ import yaml
 
 from curation.shards.index import Index
 from curation.shards.runner import ENGINES, Workers, parse_part
-from modeling_pisces.arguments_pisces import COUNT, LineParser
-from modeling_pisces.command_ending_pisces import EXIT_OK, CommandEnd, one_line_ending
+from pisces_commands.arguments import COUNT, LineParser
+from pisces_commands.ending import EXIT_OK, CommandEnd, one_line_ending
 
 
 def make_parser(command: str, description: str, index: bool = True) -> LineParser:

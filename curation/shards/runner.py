@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from curation.shards.index import Index, digest
 from curation.shards.tables import write_table
-from modeling_pisces.command_ending_pisces import CommandFailed
+from pisces_commands.ending import CommandFailed
 
 
 ENGINES = ("processes", "ray")

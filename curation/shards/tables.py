@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from modeling_pisces.file_writing_pisces import write_whole
+from pisces_commands.writing import write_whole
 
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError)

@@ -13,11 +13,11 @@ from typing import Any
 from PIL import Image
 
 from examples.emoji.compositions import SPLITS
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.contact_sheet_pisces import Section, Tile, make_contact_sheet
-from modeling_pisces.file_writing_pisces import write_whole
+from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sheet
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.arguments import COUNT, SEED, LineParser
+from pisces_commands.ending import one_line_ending
+from pisces_commands.writing import write_whole
 
 
 TITLES = {"train": "Training", "heldout": "Held-out compositions", "concepts": "Unseen concepts"}

@@ -25,10 +25,10 @@ from examples.emoji.compositions import COLORS, NO_TONE
 from examples.emoji.contact_sheet import read_truth
 from examples.emoji.judge_network import NOT_ASKED, Judge, Labels, augment, read_pictures
 from examples.emoji.source import TONES
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, finite_number
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import whole_folder, write_whole
-from modeling_pisces.measurement_pisces import current_command, current_commit, describe_hardware
+from pisces_commands.arguments import COUNT, SEED, LineParser, finite_number
+from pisces_commands.ending import one_line_ending
+from pisces_commands.measurement import current_command, current_commit, describe_hardware
+from pisces_commands.writing import whole_folder, write_whole
 
 
 WEIGHTS = {"name": 1.0, "tone": 0.5, "color": 0.25, "style": 0.25}

@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from modeling_pisces.file_writing_pisces import append_line, write_json, write_whole
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.writing import append_line, write_json, write_whole
 
 
 class Kept:

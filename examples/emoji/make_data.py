@@ -22,10 +22,10 @@ from tqdm import tqdm
 from examples.emoji.compositions import SPLITS, compose, split_emoji
 from examples.emoji.source import Emoji, read_emoji
 from examples.emoji.texts import captions, questions, title
-from modeling_pisces.arguments_pisces import COUNT, SEED, LineParser, whole_number
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import whole_folder
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.arguments import COUNT, SEED, LineParser, whole_number
+from pisces_commands.ending import one_line_ending
+from pisces_commands.writing import whole_folder
 
 
 VENDORS = {

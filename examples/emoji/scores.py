@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeling_pisces.measurement_pisces import wilson_interval
+from pisces_commands.measurement import wilson_interval
 
 
 def share(values: Iterable[bool]) -> dict[str, float | int]:

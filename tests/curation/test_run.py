@@ -15,7 +15,7 @@ import pytest
 from curation.run import main as run
 from curation.shards.index import Index
 from finetune.check_data import main as check_data
-from finetune.data_loaders import load_data
+from finetune.data.load import load_data
 from tests.curation.curation_fixtures import encode, photo, tree, write_collection, write_config
 
 

@@ -13,8 +13,8 @@ from examples.emoji.compositions import compose
 from examples.emoji.source import plain_name, read_emoji
 from examples.emoji.texts import captions, with_article
 from finetune import check_data
-from finetune.data_loaders import load_data
-from modeling_pisces.command_ending_pisces import CommandEnd
+from finetune.data.load import load_data
+from pisces_commands.ending import CommandEnd
 from tests.examples.emoji_packages import write_packages
 
 

@@ -13,8 +13,8 @@ from examples.emoji.judge import collect_labels
 from examples.emoji.judge_network import Judge
 from examples.emoji.kept import Kept
 from examples.emoji.scores import mean, normalize_answer, psnr, share, ssim
-from modeling_pisces.command_ending_pisces import CommandEnd
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.ending import CommandEnd
 from tests.examples.emoji_packages import write_packages
 
 

@@ -17,7 +17,7 @@ from examples.emoji.judge_network import (
     to_image,
     to_tensor,
 )
-from modeling_pisces.command_ending_pisces import CommandEnd
+from pisces_commands.ending import CommandEnd
 from tests.examples.emoji_packages import write_packages
 
 
