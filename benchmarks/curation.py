@@ -31,10 +31,10 @@ from curation.rules.filtering import run_filter
 from curation.run import main as run
 from curation.scan import sources_of
 from curation.shards.runner import Workers
-from modeling_pisces.arguments_pisces import COUNT, LineParser
-from modeling_pisces.command_ending_pisces import one_line_ending
-from modeling_pisces.file_writing_pisces import write_json
-from modeling_pisces.measurement_pisces import current_command, current_commit, describe_hardware
+from pisces_commands.arguments import COUNT, LineParser
+from pisces_commands.ending import one_line_ending
+from pisces_commands.measurement import current_command, current_commit, describe_hardware
+from pisces_commands.writing import write_json
 
 
 SETTINGS = {"size": {"short_side": 64}, "looks": {"max_one_color": 0.995, "min_entropy": 0.05}}
