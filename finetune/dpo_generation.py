@@ -19,9 +19,14 @@ from finetune.preferences.pairs import PairCollator, load_pairs
 from finetune.preferences.vector_dpo import PiscesVectorDPOConfig, PiscesVectorDPOTrainer
 from finetune.training.adapters import add_adapter
 from finetune.training.dry_run import print_report
-from finetune.training.recipe import RecipeArguments, check_sides, load_checkpoint, parse_flags
+from finetune.training.recipe import (
+    RecipeArguments,
+    check_sides,
+    load_checkpoint,
+    parse_flags,
+    refuse_packing_and_cache,
+)
 from finetune.training.run_folder import begin_run, save_run, train_run
-from finetune.training.trl_runs import refuse_packing_and_cache
 
 
 SIDES = ("generation",)

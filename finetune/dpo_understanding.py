@@ -20,9 +20,15 @@ from finetune.guard.rows import load_guard_rows
 from finetune.preferences.pairs import PairCollator, TextPairCollator, load_pairs
 from finetune.training.adapters import add_adapter
 from finetune.training.dry_run import print_report
-from finetune.training.recipe import RecipeArguments, check_sides, load_checkpoint, parse_flags
+from finetune.training.recipe import (
+    RecipeArguments,
+    check_sides,
+    load_checkpoint,
+    parse_flags,
+    refuse_packing_and_cache,
+)
 from finetune.training.run_folder import begin_run, save_run, train_run
-from finetune.training.trl_runs import RunDefaults, RunHabits, refuse_packing_and_cache
+from finetune.training.run_habits import RunDefaults, RunHabits
 
 
 SIDES = ("understanding",)

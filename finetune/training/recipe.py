@@ -220,6 +220,17 @@ class ShortRows(IterableDataset):
                 logger.warning(f"row {row.get('id')} has {length} tokens, more than {self.limit}; left out.")
 
 
+def refuse_packing_and_cache(recipe: RecipeArguments) -> None:
+    """Refuse what the LoRA recipes do with rows and these do not.
+
+    Raises:
+        ValueError: `--pack_to` or `--picture_cache` was given.
+    """
+    for name in ("pack_to", "picture_cache"):
+        if (value := getattr(recipe, name)) is not None:
+            raise ValueError(f"--{name} {value}: this recipe neither packs rows nor reads a cache. Leave it out.")
+
+
 def check_sides(rows: Rows, expected: set[str], advice: str) -> None:
     """Refuse rows whose side a recipe does not train; a stream's are not known beforehand.
 

@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
@@ -23,13 +21,11 @@ from trl import SFTTrainer
 
 from finetune.data.collator import PiscesDataCollator
 from finetune.guard.loss_totals import LossTotals, count_targets
-from finetune.training.adapter_card import write_card
-from finetune.training.adapters import train_in_full_precision
-from finetune.training.checkpoints import check_finite, whole_or_nothing
+from finetune.training.run_habits import RunHabits
 from finetune.training.sft_config import PiscesSFTConfig
 
 
-class PiscesSFTTrainer(SFTTrainer):
+class PiscesSFTTrainer(RunHabits, SFTTrainer):
     """Trains any mixture of understanding, drawing and text, each side normalised by its own count.
 
     The loss of one optimizer step is `text_loss_sum / num_text_tokens + image_loss_weight * image_loss_sum /
@@ -51,6 +47,7 @@ class PiscesSFTTrainer(SFTTrainer):
 
     _name = "Pisces SFT"
     _tag_names = ["pisces", "lora", "image-text-to-text", "text-to-image"]
+    stand_in = {"messages": []}
     loss_is_scaled_for_ga = True  # type: ignore[assignment]  # declared there as None alone
 
     def __init__(
@@ -70,21 +67,17 @@ class PiscesSFTTrainer(SFTTrainer):
             raise ValueError(
                 "the rows to evaluate on are a stream without an end. Give --eval_data a file or a folder."
             )
-        # TRL takes `datasets` only, and prepares them; ours open their pictures when a row is asked for. Its
-        # constructor looks at one row and at nothing else, so it gets one of these, and ours take their place.
-        stand_in = Dataset.from_list([{"messages": []}])
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         forward = vars(base).get("forward")  # usually none of its own: the class has it
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or PiscesDataCollator(processing_class),
-            train_dataset=stand_in,
-            eval_dataset=None if eval_dataset is None else stand_in,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
+            data_collator=data_collator or PiscesDataCollator(processing_class),
             **kwargs,
         )
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         # TRL has put a forward on the model that can fuse lm_head and cross entropy. Not needed, and a copy of the
         # model would still call it on the original.
         vars(base).pop("forward", None)
@@ -92,7 +85,6 @@ class PiscesSFTTrainer(SFTTrainer):
             base.forward = forward
         # transformers before 5.19 does not know `loss_is_scaled_for_ga`, and reads this instead
         self.model_accepts_loss_kwargs: bool = True
-        train_in_full_precision(self.model)  # TRL has just cast the adapter of a quantized model to bf16
         self._keep_sharded_sums_exact()
         self._window = self._new_totals()  # since the last log
         self._evaluation: LossTotals | None = None  # while an evaluation runs
@@ -155,16 +147,9 @@ class PiscesSFTTrainer(SFTTrainer):
         new_here = loader.remainder - self.accelerator.process_index * num_rows
         return num_rows - min(max(new_here, 0), num_rows)
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            sides = {name: value for name, value in self._window.read().items() if name.endswith("_loss")}
-            raise FloatingPointError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()} (since the last log: {sides}). Lower "
-                "--learning_rate, set --max_grad_norm 1.0, or use --bf16 instead of --fp16. Checkpoints in "
-                f"{self.args.output_dir} are from before; the same command goes on from the last one."
-            )
-        return loss
+    def _parts_of_loss(self) -> str:
+        sides = {name: value for name, value in self._window.read().items() if name.endswith("_loss")}
+        return f" (since the last log: {sides})"
 
     # ---- what is logged ----
 
@@ -213,17 +198,8 @@ class PiscesSFTTrainer(SFTTrainer):
     # ---- what is written ----
 
     def _save_checkpoint(self, model, trial) -> None:
-        check_finite(self.model, self.state.global_step)
-        with (
-            self.clock_stopped(),
-            whole_or_nothing(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"),
-        ):
+        with self.clock_stopped():
             super()._save_checkpoint(model, trial)
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """Write the adapter's card to the run's folder; TRL calls this with every checkpoint."""
-        if self.is_world_process_zero():
-            write_card(self.args.output_dir, self.model, self.state.log_history)
 
 
 def _count_tokens(inputs: dict[str, torch.Tensor], num_rows: int) -> torch.Tensor | int:

@@ -260,3 +260,22 @@ def test_rows_are_not_copied_into_memory(tmp_path):
     rows = Watched(make_rows("u" * 40))
     make_trainer(make_adapted(), rows, tmp_path, per_device_train_batch_size=2).train()
     assert len(set(rows.asked)) <= 6  # two of the step, and what the loader reads ahead
+
+
+# ---- one set of habits
+
+
+def test_all_recipes_train_with_one_set_of_habits_and_defaults():
+    from dataclasses import fields
+
+    from finetune.dpo_understanding import PiscesDPOConfig, PiscesDPOTrainer
+    from finetune.grpo import PiscesGRPOConfig, PiscesGRPOTrainer
+    from finetune.preferences.vector_dpo import PiscesVectorDPOConfig, PiscesVectorDPOTrainer
+    from finetune.training.run_habits import RunDefaults, RunHabits
+
+    for trainer in (PiscesSFTTrainer, PiscesVectorDPOTrainer, PiscesDPOTrainer, PiscesGRPOTrainer):
+        for name in ("training_step", "create_model_card"):  # a loss of NaN, the card
+            assert getattr(trainer, name) is getattr(RunHabits, name), f"{trainer.__name__}.{name} is its own"
+    wanted = {field.name: field.default for field in fields(RunDefaults) if field.name != "learning_rate"}
+    for config in (PiscesSFTConfig, PiscesVectorDPOConfig, PiscesDPOConfig, PiscesGRPOConfig):
+        assert {field.name: field.default for field in fields(config) if field.name in wanted} == wanted

@@ -1,7 +1,7 @@
-"""What the recipes on TRL's preference trainers share: defaults of a run, and how it is started, saved and stopped.
+"""What every run has in common, whatever it trains: its defaults, and how it is started, saved and stopped.
 
-`RunDefaults` goes in front of a TRL configuration, `RunHabits` in front of a TRL trainer; `dpo_understanding` and
-`grpo` do so. Both give these runs the manners of `PiscesSFTTrainer`: rows of any torch dataset, checkpoints that are
+`RunDefaults` goes in front of a configuration of TRL, `RunHabits` in front of a trainer of TRL. `PiscesSFTConfig` and
+`PiscesSFTTrainer` do so, and so do `dpo_understanding` and `grpo`: rows of any torch dataset, checkpoints that are
 whole or absent, a card, and an end with a sentence when the loss is no number.
 """
 
@@ -18,7 +18,6 @@ from finetune.flags.ranges import check_ranges
 from finetune.training.adapter_card import write_card
 from finetune.training.adapters import train_in_full_precision
 from finetune.training.checkpoints import check_finite, whole_or_nothing
-from finetune.training.recipe import RecipeArguments
 
 
 if TYPE_CHECKING:  # both classes here stand in front of one of TRL's
@@ -29,22 +28,11 @@ else:
 REFERENCE = "ref"  # TRL's name for its copy of an adapter
 
 
-def refuse_packing_and_cache(recipe: RecipeArguments) -> None:
-    """Refuse what the LoRA recipes do with rows and these do not.
-
-    Raises:
-        ValueError: `--pack_to` or `--picture_cache` was given.
-    """
-    for name in ("pack_to", "picture_cache"):
-        if (value := getattr(recipe, name)) is not None:
-            raise ValueError(f"--{name} {value}: this recipe neither packs rows nor reads a cache. Leave it out.")
-
-
 @dataclass
 class RunDefaults(TrainingArguments):
     """Defaults that differ from TRL's."""
 
-    # TRL's 1e-6 is for all weights; adapters take ten times as much, as its documentation says
+    # TRL's preference trainers take 1e-6, for all weights; adapters take ten times as much, as its documentation says
     learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations; saves memory, costs LoRA half of a step more"}
@@ -52,10 +40,13 @@ class RunDefaults(TrainingArguments):
     bf16: bool | None = field(default=None, metadata={"help": "bf16 autocast; default: on an accelerator, not a CPU"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "schedule after the warm-up"})
+    # conversations go to the collator as they are; TRL prepares nothing
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "not used: rows go whole to the collator"}
     )
+    # Trainer would replace a NaN by the mean of the window and go on; these trainers stop
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "not used: a loss of NaN stops the run"})
+    # every trainable parameter takes part in every batch, see PiscesModel._touch_absent_sides
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "not needed"})
     hub_private_repo: bool | None = field(default=True, metadata={"help": "create the repository as private"})
     hub_strategy: str = field(default="end", metadata={"help": "the adapter is pushed once, when it is finished"})
@@ -68,13 +59,17 @@ class RunDefaults(TrainingArguments):
             self.dataloader_pin_memory = False
         use_new_names(self)
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # of streams rank 0 would make all batches and join them, though their rows differ in length
+            self.accelerator_config.dispatch_batches = False
 
 
 class RunHabits(Trainer):
-    """Start, save and stop as the SFT recipes do; goes in front of a trainer of TRL.
+    """Start, save and stop as every recipe does; goes in front of a trainer of TRL.
 
     Args:
-        model: a PEFT model with a new adapter; the reference is the same model with the adapter disabled.
+        model: a PEFT model with a new adapter; where a trainer needs a reference, it is the same model with the
+            adapter disabled.
         args: the trainer's configuration.
         train_dataset: any torch dataset with rows of the form that the trainer reads.
         eval_dataset: the same; None for no evaluation.
@@ -88,6 +83,7 @@ class RunHabits(Trainer):
         # TRL takes `datasets` only. Its constructor looks at one row and at nothing else, so it gets one of these, and
         # ours, which open their pictures when a row is asked for, take their place.
         stand_in = Dataset.from_list([self.stand_in])
+        adapters = set(getattr(model, "peft_config", ()))
         super().__init__(
             model=model,
             args=args,
@@ -97,7 +93,7 @@ class RunHabits(Trainer):
             **kwargs,
         )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        if REFERENCE in self.model.peft_config:
+        if REFERENCE in set(getattr(self.model, "peft_config", ())) - adapters:
             # TRL copies a given adapter as the reference, keeps the copy in memory and saves it beside the adapter.
             # Ours is new: the reference is the base, which TRL falls back to when there is no copy.
             self.model.delete_adapter(REFERENCE)
@@ -107,11 +103,15 @@ class RunHabits(Trainer):
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()}. Lower --learning_rate, set "
-                "--max_grad_norm 1.0, or use --bf16 instead of --fp16. Checkpoints in "
+                f"step {self.state.global_step + 1}: the loss is {loss.item()}{self._parts_of_loss()}. Lower "
+                "--learning_rate, set --max_grad_norm 1.0, or use --bf16 instead of --fp16. Checkpoints in "
                 f"{self.args.output_dir} are from before; the same command goes on from the last one."
             )
         return loss
+
+    def _parts_of_loss(self) -> str:
+        """What is known of the parts of a loss that is no number, in brackets; nothing here."""
+        return ""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # TRL adds the metrics of the step under way to whatever is logged, and forgets them; a guard logs in between
@@ -131,3 +131,6 @@ class RunHabits(Trainer):
         """Write the adapter's card to the run's folder; TRL calls this with every checkpoint."""
         if self.is_world_process_zero():
             write_card(self.args.output_dir, self.model, self.state.log_history)
+
+
+__all__ = ["RunDefaults", "RunHabits"]
