@@ -812,7 +812,7 @@ def _add_image_loss(model: Any, outputs: Any, backbone: Any, targets: torch.Tens
     if getattr(outputs, "log_probs", None) is None or (model.training and not torch.is_grad_enabled()):
         raise ValueError(
             "the labels hold drawn pictures, but this trainer's loss (of a TRL before 1.16, or label smoothing, or a "
-            "compute_loss_func) knows text alone and would not train drawing. Use finetune.training.sft_trainer."
+            "compute_loss_func) knows text alone and would not train drawing. Use finetune.training."
             "PiscesSFTTrainer, or leave pictures out of the assistant's turns."
         )
     hidden = backbone.last_hidden_state

@@ -1,6 +1,7 @@
 """The project's own rules: what the wheel holds, who imports whom, what may stand in a file, what the README says."""
 
 import ast
+import inspect
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import pytest
 from packaging.requirements import Requirement
@@ -151,6 +152,30 @@ def test_what_stands_at_the_door_of_a_room_is_a_command(room):
         assert "main" in functions and runs, f"{path.relative_to(ROOT)}: library code belongs into a folder"
 
 
+DOORS = ("finetune.data", "finetune.training")
+TRY_DOORS = """
+import importlib, sys
+doors = [importlib.import_module(name) for name in sys.argv[1:]]
+heavy = {"torch", "transformers", "trl", "datasets", "peft"} & set(sys.modules)
+assert not heavy, heavy  # a module behind a door stays as light as it is
+for door in doors:
+    for name in door.__all__:
+        assert getattr(door, name).__module__.startswith(door.__name__), name
+"""
+
+
+def test_a_door_has_every_name_that_it_promises_and_loads_none_before_it_is_asked():
+    done = subprocess.run([sys.executable, "-c", TRY_DOORS, *DOORS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_documents_import_from_the_doors_alone():
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        if path.name not in ("CHANGELOG.md", "log.md"):  # history keeps the names of its time
+            behind = re.findall(rf"from (?:{'|'.join(DOORS)})\.\w+ import", path.read_text(encoding="utf-8"))
+            assert not behind, f"{path.relative_to(ROOT)}: {behind}"
+
+
 def test_no_folder_is_a_drawer():
     for room in (GROUND, *ROOMS):
         for folder in {path.parent for path in python_files(room)}:
@@ -242,7 +267,7 @@ def test_a_head_is_asked_what_it_does_and_its_names_stand_in_one_table():
     from modeling_pisces import PiscesConfig
     from modeling_pisces.modeling_pisces_heads import GEN_HEADS
 
-    assert set(GEN_HEADS) == set(get_args(get_type_hints(PiscesConfig)["gen_head_type"]))
+    assert set(GEN_HEADS) == set(get_args(inspect.get_annotations(PiscesConfig)["gen_head_type"]))
     own = {PACKAGE / "modeling_pisces_heads.py", PACKAGE / "configuration_pisces.py"}
     asks = re.compile(r"gen_head_type\b[^=\n]{0,3}(?:==|!=|\bin\b)|\"mlp\", \"linear\"")
     for room in ROOMS:

@@ -187,7 +187,8 @@ def test_a_picture_has_one_key_wherever_it_lies_and_another_when_it_changes(tmp_
 def test_a_killed_run_goes_on_where_it_stopped(folder, tmp_path):
     """Killed without warning after its first shards, it encodes only what is missing, to the same values."""
     script = (
-        "import sys, time; from finetune import precompute; from finetune.data import picture_cache; add = picture_cache.PictureCache.add\n"
+        "import sys, time; from finetune import precompute; from finetune.data import picture_cache\n"
+        "add = picture_cache.PictureCache.add\n"
         "def slow(self, *args): add(self, *args); print('shard', flush=True); time.sleep(60)\n"
         "picture_cache.PictureCache.add = slow; precompute.main(sys.argv[1:])"
     )

@@ -272,6 +272,7 @@ def test_all_recipes_train_with_one_set_of_habits_and_defaults():
     from finetune.grpo import PiscesGRPOConfig, PiscesGRPOTrainer
     from finetune.preferences.vector_dpo import PiscesVectorDPOConfig, PiscesVectorDPOTrainer
     from finetune.training.run_habits import RunDefaults, RunHabits
+    from finetune.training.sft_trainer import PiscesSFTTrainer
 
     for trainer in (PiscesSFTTrainer, PiscesVectorDPOTrainer, PiscesDPOTrainer, PiscesGRPOTrainer):
         for name in ("training_step", "create_model_card"):  # a loss of NaN, the card
