@@ -1,8 +1,8 @@
 """From a spec to a dataset: `load_data`, the one function that recipes and `check_data` call.
 
-It finds out what a path holds, and puts the parts together: a reader (`data_files`, `data_tables`, `data_tar`), the
-meaning of its records (`data_records`), the rules for pictures (`data_pictures`), and the dataset that the trainer
-gets (`data_rows`, `data_streams`, for several sources `data_mixture`).
+It finds out what a path holds (`formats`), and puts the parts together: a reader (`readers`), the meaning of its
+records (`records`), the rules for pictures (`pictures`), and the dataset that the trainer gets (`rows`, `streams`, for
+several sources `mixture`).
 """
 
 from collections.abc import Iterator
@@ -13,19 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finetune.data.formats import FORMATS, SUFFIX_FORMATS, TABLE_SUFFIXES, format_of_folder
 from finetune.data.mixture import MixedRows, MixedStream, mix_rows
 from finetune.data.pictures import PictureFolder
-from finetune.data.readers.files import (
-    METADATA_NAMES,
-    TABLE_SUFFIXES,
-    Record,
-    list_pictures,
-    read_csv,
-    read_imagefolder,
-    read_json,
-    read_jsonl,
-    read_scenes,
-)
+from finetune.data.readers.files import Record, list_pictures, reader_of
 from finetune.data.readers.paths import check_folder, locate_found
 from finetune.data.readers.shards import find_shards
 from finetune.data.records import RowMaker
@@ -35,17 +26,6 @@ from finetune.data.spec import DataSpec, parse_specs
 from finetune.data.streams import StreamedRows
 
 
-SUFFIX_FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".tar": "webdataset",
-}
-FILE_READERS = {"jsonl": read_jsonl, "json": read_json, "csv": read_csv}
-FOLDER_READERS = {"imagefolder": read_imagefolder, "scenes": read_scenes}
 GIVE_UP_AFTER = 100  # bad records in a row at the start of a file: it is not one broken line, it is another format
 
 
@@ -74,9 +54,10 @@ def load_source(spec: DataSpec, seed: int = 0) -> SourceRows | StreamedRows:
     """Load one source; same errors as `load_data`."""
     spec, found_format = resolve_format(spec)
     spec.check_keys(found_format)
-    if found_format in ("parquet", "hf"):
+    kind = FORMATS[found_format].kind
+    if kind == "table":
         return _load_table(spec, found_format == "parquet", seed)
-    if found_format == "webdataset":
+    if kind == "shards":
         folder = Path(spec.path) if Path(spec.path).is_dir() else Path(spec.path).parent
         make_rows = RowMaker(spec, PictureFolder(folder, spec.allow_outside_paths, spec.allow_urls))
         return _stream(spec, find_shards(spec.path, spec.allow_outside_paths), make_rows, seed)
@@ -109,7 +90,7 @@ def resolve_format(spec: DataSpec) -> tuple[DataSpec, str]:
             raise DataError(
                 f"{spec.path}: {problem}; expected a folder or a file ending in {', '.join(SUFFIX_FORMATS)}.{hint}"
             )
-    if found not in ("webdataset", "parquet") and not path.exists():  # those two may be patterns of names
+    if FORMATS[found].kind not in ("table", "shards") and not path.exists():  # those two may be patterns of names
         raise DataError(f"{spec.path}: no such file or folder (looked from {Path.cwd()}). Check the path.")
     _check_place(spec, path, found)
     return replace(spec, path=str(path), split=split, name=spec.label), found
@@ -134,17 +115,11 @@ def _check_place(spec: DataSpec, path: Path, found: str) -> None:
 
 def _look_into(folder: Path, wanted: str) -> tuple[Path, str]:
     """What a folder holds, and where: itself, its one data file, or its folder `train`."""
-    if wanted == "auto" and any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return folder, "hf"
-    if wanted == "auto" and (folder / "scenes.jsonl").is_file():
-        return folder, "scenes"
-    if any((folder / name).is_file() for name in METADATA_NAMES):
-        return folder, "imagefolder"
     if wanted == "imagefolder":
-        return folder / "train" if (folder / "train").is_dir() else folder, "imagefolder"
-    for pattern, found in (("*.tar", "webdataset"), ("*.parquet", "parquet"), ("data/*.parquet", "parquet")):
-        if next(folder.glob(pattern), None):
-            return folder, found
+        has_marks = any((folder / name).is_file() for name in FORMATS["imagefolder"].marks)
+        return folder / "train" if not has_marks and (folder / "train").is_dir() else folder, "imagefolder"
+    if found := format_of_folder(folder):
+        return folder, found
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir())
     if len(tables) == 1:
         return tables[0], SUFFIX_FORMATS[tables[0].suffix.lower()]
@@ -158,14 +133,11 @@ def _look_into(folder: Path, wanted: str) -> tuple[Path, str]:
 
 def _load_records(spec: DataSpec, found_format: str) -> SourceRows:
     """Read a text file once: check every record, keep the good ones as rows and the bad ones as a list."""
-    path = Path(spec.path)
-    if path.is_dir() != (found_format in FOLDER_READERS):
+    path, read = Path(spec.path), reader_of(found_format)
+    if path.is_dir() != (FORMATS[found_format].kind == "folder"):
         kind = "folder" if path.is_dir() else "file"
         raise DataError(f"{spec.label}: found a {kind}, which format {found_format} is not. Leave format out.")
-    if path.is_dir():
-        records = FOLDER_READERS[found_format](path, spec.allow_outside_paths)
-    else:
-        records = FILE_READERS[found_format](path)
+    records = read(path, spec.allow_outside_paths) if path.is_dir() else read(path)
     folder = Path(spec.image_folder) if spec.image_folder else path if path.is_dir() else path.parent
     if not folder.is_dir():
         raise DataError(f"{spec.label}: image_folder: no folder {spec.image_folder!r}. Check the path.")

@@ -1,7 +1,7 @@
 """What a user writes to name training data, as one dataclass: `DataSpec`.
 
 A spec is a path, or a few keys in YAML; `parse_specs` reads every way to write it and refuses what it does not know.
-`data_loaders.load_data` turns specs into datasets. `docs/data.md` explains each key.
+`finetune.data.load` turns specs into datasets. `docs/data.md` explains each key.
 """
 
 import difflib
@@ -13,21 +13,12 @@ from typing import Any
 
 import yaml
 
+from finetune.data.formats import FORMAT_KEYS, FORMATS
 from finetune.data.schema import DataError, show
 
 
-FORMATS = ("auto", "jsonl", "json", "csv", "imagefolder", "scenes", "parquet", "webdataset", "hf")
+CHOICES = ("auto", *FORMATS)
 SIDES = ("auto", "understanding", "generation", "both")
-
-# Keys that only some formats read. Given anywhere else they would do nothing, so they are refused there.
-FORMAT_KEYS = {
-    "image_folder": ("jsonl", "json", "csv", "parquet"),
-    "split": ("imagefolder", "parquet", "hf"),
-    "subset": ("hf",),
-    "revision": ("hf",),
-    "streaming": ("parquet", "hf"),
-    "columns": ("jsonl", "json", "csv", "imagefolder", "parquet", "webdataset", "hf"),
-}
 
 
 @dataclass
@@ -39,7 +30,7 @@ class DataSpec:
     """
 
     path: str = field(metadata={"help": "file, folder, pattern of shards (data-*.tar) or, with format hf, a Hub id"})
-    format: str = field(default="auto", metadata={"help": f"one of {', '.join(FORMATS)}"})
+    format: str = field(default="auto", metadata={"help": f"one of {', '.join(CHOICES)}"})
     name: str | None = field(default=None, metadata={"help": "what reports call the source (default: its path)"})
     weight: float | None = field(default=None, metadata={"help": "share among several sources (default: its size)"})
     columns: dict[str, str] = field(default_factory=dict, metadata={"help": "our name: the name in the data"})
@@ -64,7 +55,7 @@ class DataSpec:
         if isinstance(self.path, str) and self.path.startswith("hf:"):
             self.path, self.format = self.path.removeprefix("hf:"), "hf"
         _expect(self, "path", isinstance(self.path, str) and bool(self.path), "a path or hf:owner/name")
-        _expect(self, "format", self.format in FORMATS, f"one of {', '.join(FORMATS)}")
+        _expect(self, "format", self.format in CHOICES, f"one of {', '.join(CHOICES)}")
         _expect(self, "side", self.side in SIDES, f"one of {', '.join(SIDES)}")
         is_mapping = isinstance(self.columns, dict) and all(isinstance(name, str) for name in self.columns.values())
         _expect(self, "columns", is_mapping, "a mapping such as {image: picture, prompt: words}")

@@ -22,11 +22,12 @@ from torch.utils.data import Dataset, Subset
 from transformers.utils import logging
 
 from finetune.data.collator import PiscesDataCollator
+from finetune.data.formats import FORMATS, TABLE_SUFFIXES
 from finetune.data.load import resolve_format
 from finetune.data.packing import token_lengths
 from finetune.data.pictures import PictureFolder, open_pictures
 from finetune.data.places import IMAGE_TAG
-from finetune.data.readers.files import TABLE_SUFFIXES, read_imagefolder, read_table
+from finetune.data.readers.files import read_imagefolder, read_table
 from finetune.data.records import RowMaker
 from finetune.data.rows import CompactRows, SourceRows
 from finetune.data.schema import BadRecord, DataError, Row, show, side_of
@@ -221,7 +222,7 @@ def _load_source(data: Any) -> PairRows:
             "of pictures, Parquet or a dataset of the Hub, read by index."
         )
     spec.check_keys(found_format)
-    if found_format in ("parquet", "hf"):
+    if FORMATS[found_format].kind == "table":
         return _load_table(spec, found_format == "parquet")
     path = Path(spec.path)
     folder = Path(spec.image_folder) if spec.image_folder else path if path.is_dir() else path.parent

@@ -1,8 +1,7 @@
 """Data files of text: JSON Lines, JSON arrays, CSV, folders of pictures with captions, and the scenes of pisces-tiny.
 
 Each reader yields records with the place where they stand, a bad one as the `DataError` that says what is wrong with
-it, so that one broken line costs one record. What a record means is left to `data_records`; picking a reader to
-`data_loaders`.
+it, so that one broken line costs one record. What a record means is left to `records`; picking a reader to `formats`.
 """
 
 import csv
@@ -10,20 +9,19 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
+from finetune.data.formats import FORMATS, METADATA_NAMES, SUFFIX_FORMATS, TABLE_SUFFIXES
 from finetune.data.readers.json_lines import parse_json, parse_value, skip_blank
 from finetune.data.readers.paths import MAX_RECORD_BYTES, locate_found, read_small
 from finetune.data.schema import DataError, show
 from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES
 
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")  # as `datasets` names them in its imagefolder format
-TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes that are no UTF-8
 MAX_SCENE_QUESTIONS = 6  # turns of one conversation about a scene, as in the third stage of pisces-tiny
 
@@ -195,6 +193,11 @@ def _csv_record(names: list[str], cells: list[str]) -> Any:
     return {name: cell for name, cell in zip_longest(names, cells) if cell}  # an empty cell is a missing value
 
 
+def reader_of(found_format: str) -> Callable[..., Iterator[Record]]:
+    """The function of this file that the table of formats names."""
+    return globals()[str(FORMATS[found_format].reader)]
+
+
 def read_table(path: Path) -> Iterator[Record]:
     """A text file of records by its suffix.
 
@@ -202,13 +205,9 @@ def read_table(path: Path) -> Iterator[Record]:
         DataError: a suffix that is not known.
     """
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return read_jsonl(path)
-    if suffix == ".json":
-        return read_json(path)
-    if suffix in (".csv", ".tsv"):
-        return read_csv(path)
-    raise DataError(f"{path}: found suffix {suffix!r}, expected one of {', '.join(TABLE_SUFFIXES)}.")
+    if suffix not in TABLE_SUFFIXES:
+        raise DataError(f"{path}: found suffix {suffix!r}, expected one of {', '.join(TABLE_SUFFIXES)}.")
+    return reader_of(SUFFIX_FORMATS[suffix])(path)
 
 
 def read_imagefolder(folder: Path, allow_outside_paths: bool = False) -> Iterator[Record]:

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from finetune.check_data import main
+from finetune.data.formats import FORMATS
 from finetune.data.load import load_data
 from finetune.data.schema import side_of
-from finetune.data.spec import FORMATS, DataSpec
+from finetune.data.spec import DataSpec
 from tests.checkpoint_folder import write_checkpoint
 from tests.finetune.data.data_files import picture, prompt, write_pictures, write_tar
 
@@ -61,7 +62,7 @@ def test_the_page_shows_the_files_that_it_talks_about():
 def test_the_page_names_every_key_and_format():
     for name in DataSpec.__dataclass_fields__:
         assert f"`{name}`" in TEXT, name
-    for name in FORMATS:
+    for name in ("auto", *FORMATS):
         assert f"`{name}`" in TEXT, name
 
 

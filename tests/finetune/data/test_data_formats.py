@@ -390,3 +390,39 @@ def test_shards_are_found_by_folder_pattern_and_braces(tmp_path):
         load_data(str(tmp_path / "other-*.tar"))
     with pytest.raises(DataError, match="max_rows has no effect on a stream"):
         load_data({"path": tmp_path, "max_rows": 3})
+
+
+# ---- the table of formats
+
+
+def test_a_format_is_one_row_of_one_table():
+    from finetune.data import formats, spec
+    from finetune.data.readers import files
+
+    fields = set(spec.DataSpec.__dataclass_fields__)
+    for name, row in formats.FORMATS.items():
+        assert set(row.keys) <= fields and name in spec.CHOICES
+        assert (row.reader is None) == (row.kind in ("table", "shards"))
+        assert row.reader is None or files.reader_of(name).__name__ == row.reader
+    every = [suffix for row in formats.FORMATS.values() for suffix in row.suffixes]
+    assert len(every) == len(set(every)), "two formats with one suffix"
+
+
+def test_a_row_is_all_that_a_new_format_of_text_needs(tmp_path, monkeypatch):
+    from finetune.data import formats, load
+    from finetune.data.readers import files
+
+    def read_lines(path):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            prompt, _, answer = line.partition("?")
+            value = {"messages": [{"role": "user", "content": prompt + "?"}, {"role": "assistant", "content": answer}]}
+            yield files.Record(f"{path}, line {number}", f"line-{number}", value)
+
+    (tmp_path / "rows.ask").write_text("One and one?two\n")
+    monkeypatch.setattr(files, "read_lines", read_lines, raising=False)
+    monkeypatch.setitem(formats.FORMATS, "ask", formats.Format("file", suffixes=(".ask",), reader="read_lines"))
+    monkeypatch.setitem(formats.SUFFIX_FORMATS, ".ask", "ask")
+    (row,) = load.load_data(str(tmp_path / "rows.ask"))
+    assert row["messages"][1]["content"][0]["text"] == "two"
+    with pytest.raises(DataError, match=r"split has no effect on format ask"):
+        load.load_data({"path": str(tmp_path / "rows.ask"), "split": "train"})
