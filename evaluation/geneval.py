@@ -34,6 +34,7 @@ from evaluation.runs.files import (
     read_lines,
     take_shard,
 )
+from evaluation.runs.results import make_results
 from evaluation.runs.summaries import Outcomes, drawing_summary
 from modeling_pisces.image_loading_pisces import load_image
 from pisces_commands.arguments import COUNT, SHARE, LineParser, finite_number
@@ -146,19 +147,17 @@ def score(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if missing := [job for job in jobs if job not in verdicts]:
         print(f"{len(verdicts)} of {len(jobs)} pictures are judged; run the shards of the other {len(missing)}.")
         return None
-    results = {
-        "benchmark": "geneval-variant" if drawn["settings"]["prompt_set"] == "geneval" else "geneval-variant-own",
-        "model": drawn["settings"]["model"],
-        **sum_up(verdicts, jobs),
-        "settings": settings,
-        "run": {
-            "command": describe_command("evaluation.geneval", build_parser(), arguments),
-            **facts,
-            "commits_of_drawing": drawn["commits"],
-            "protocol": describe_protocol(settings, drawn["settings"]),
-            "seconds": round(time.monotonic() - start, 1),
-        },
-    }
+    results = make_results(
+        "geneval-variant" if drawn["settings"]["prompt_set"] == "geneval" else "geneval-variant-own",
+        drawn["settings"]["model"],
+        sum_up(verdicts, jobs),
+        settings,
+        command=describe_command("evaluation.geneval", build_parser(), arguments),
+        facts=facts,
+        commits_of_drawing=drawn["commits"],
+        protocol=describe_protocol(settings, drawn["settings"]),
+        start=start,
+    )
     write_json(arguments.output, results)
     return results
 

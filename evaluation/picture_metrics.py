@@ -25,6 +25,7 @@ from tqdm import tqdm
 from evaluation.drawing.clip import ClipVectors
 from evaluation.drawing.folder import picture_path, read_entries, read_run
 from evaluation.runs.files import describe_command, describe_machine, hash_files, keep_settings
+from evaluation.runs.results import make_results
 from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES, load_image
 from pisces_commands.arguments import LineParser
 from pisces_commands.ending import one_line_ending
@@ -191,23 +192,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     keep_settings(folder / "run.json", settings, facts)
     pictures = clip.embed_and_keep(paths, folder, "drawings")
     scores = clip_scores(pictures, clip.embed_texts(texts).repeat_interleave(number, dim=0))
-    results: dict[str, Any] = {
-        "benchmark": "picture_metrics",
-        "model": drawn["settings"]["model"],
-        "clip_score": mean_over_prompts(scores, number),
-    }
+    parts: dict[str, Any] = {"clip_score": mean_over_prompts(scores, number)}
     if reference:
-        results["cmmd"] = round(cmmd(pictures, clip.embed_and_keep(reference, folder, "reference")), 4)
+        parts["cmmd"] = round(cmmd(pictures, clip.embed_and_keep(reference, folder, "reference")), 4)
     if fid is not None:
-        results["fid"] = round(measure_fid(fid, paths, reference), 4)
-    results["settings"] = settings
-    results["run"] = {
-        "command": describe_command("evaluation.picture_metrics", build_parser(), arguments),
-        **facts,
-        "commits_of_drawing": drawn["commits"],
-        "protocol": describe_protocol(settings, clip.count_too_long(texts)),
-        "seconds": round(time.monotonic() - start, 1),
-    }
+        parts["fid"] = round(measure_fid(fid, paths, reference), 4)
+    results = make_results(
+        "picture_metrics",
+        drawn["settings"]["model"],
+        parts,
+        settings,
+        command=describe_command("evaluation.picture_metrics", build_parser(), arguments),
+        facts=facts,
+        commits_of_drawing=drawn["commits"],
+        protocol=describe_protocol(settings, clip.count_too_long(texts)),
+        start=start,
+    )
     write_json(arguments.output, results)
     return results
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluation.runs.results import read_results
+
 
 WRITER = "python -m evaluation.report"
 SHOWN = "shown combinations"  # the last column, where there is a file of them
@@ -21,22 +23,6 @@ class Sources(NamedTuple):
 
     heldout: Path
     shown: Path | None = None
-
-
-def read_scenes(path: Path) -> dict[str, Any]:
-    """A results file of `evaluation.scenes`.
-
-    Raises:
-        ValueError: not there, not JSON, or of another benchmark.
-    """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no results file ({error}). Write one: python -m evaluation.scenes.") from error
-    found = results.get("benchmark") if isinstance(results, dict) else None
-    if found != "scenes":
-        raise ValueError(f"{path}: a file of the benchmark {found!r}, the card takes those of evaluation.scenes.")
-    return results
 
 
 def sheet_of(results: Path) -> Path:
@@ -118,8 +104,8 @@ def measured_with(results: dict[str, Any]) -> str:
 
 def results_section(sources: Sources, page: Path) -> str:
     """Every table, the plot, the drawings and a sample of answers, as Markdown whose links work from `page`."""
-    heldout = read_scenes(sources.heldout)
-    shown = read_scenes(sources.shown) if sources.shown else None
+    heldout = read_results(sources.heldout, "scenes")
+    shown = read_results(sources.shown, "scenes") if sources.shown else None
     parts = [
         f"{heldout['run']['protocol']} In brackets: 95 % intervals.",
         f"Measured with {measured_with(heldout)}.",
@@ -143,7 +129,7 @@ def weakest(parts: dict[str, dict[str, float]], number: int = 2) -> str:
 
 def claims_section(sources: Sources, page: Path) -> str:
     """One sentence that tells how good the checkpoint is, its weak sides included."""
-    results = read_scenes(sources.heldout)
+    results = read_results(sources.heldout, "scenes")
     questions, drawings = results["understanding_question"], results["drawing_prompt"]
     return "\n".join(
         [

@@ -5,11 +5,11 @@ zero at 95 %; a mean of tasks gets its interval from those of the tasks. Numbers
 judged. Every results file that this room writes is read: what counts is {"value", "low", "high"}.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluation.runs.results import read_results
 from pisces_commands.measurement import difference_interval
 
 
@@ -26,23 +26,6 @@ class Measured(NamedTuple):
     value: float
     low: float | None = None
     high: float | None = None
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A results file.
-
-    Raises:
-        ValueError: not there, not JSON, or not an object.
-    """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: no results file ({error}). Give two JSON files that an evaluation wrote."
-        ) from error
-    if not isinstance(results, dict):
-        raise ValueError(f"{path}: a list or a single value, expected the object that an evaluation writes.")
-    return results
 
 
 def collect_numbers(part: dict[str, Any], name: str = "") -> dict[str, Measured]:

@@ -15,9 +15,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evaluation.report.card import WRITER, Sources, fill, plot_of, read_scenes
+from evaluation.report.card import WRITER, Sources, fill, plot_of
 from evaluation.report.compare import compare
 from evaluation.report.plots import is_current, plot_curves, plot_scores, score_panels
+from evaluation.runs.results import read_results
 from pisces_commands.arguments import LineParser
 from pisces_commands.ending import CommandFailed, one_line_ending
 from pisces_commands.writing import write_whole
@@ -25,8 +26,8 @@ from pisces_commands.writing import write_whole
 
 def named_scores(sources: Sources) -> dict[str, dict[str, Any]]:
     """What the card's plot shows, by the words of its legend."""
-    named = {"held-out combinations": read_scenes(sources.heldout)}
-    return named | ({"shown combinations": read_scenes(sources.shown)} if sources.shown else {})
+    named = {"held-out combinations": read_results(sources.heldout, "scenes")}
+    return named | ({"shown combinations": read_results(sources.shown, "scenes")} if sources.shown else {})
 
 
 def write_card(options: argparse.Namespace) -> None:

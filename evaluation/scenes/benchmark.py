@@ -21,6 +21,7 @@ from PIL import Image
 
 from evaluation.runs.batches import KeptBatches
 from evaluation.runs.files import describe_machine, hash_files, identify_adapters, identify_weights, keep_settings
+from evaluation.runs.results import make_results
 from evaluation.runs.summaries import (
     Outcomes,
     answer_summary,
@@ -221,31 +222,20 @@ def describe_scenes(data: Path) -> str:
     return SCENES.get(split, f"Scenes of the split {split}.")
 
 
-def describe_run(arguments: argparse.Namespace, pipeline, seconds: float) -> dict[str, Any]:
-    """What a reader needs to run it again."""
-    return {
-        "command": current_command(),
-        **describe_machine(),
-        "seconds": round(seconds, 1),
-        "protocol": PROTOCOL.format(
-            scenes=describe_scenes(Path(arguments.data)),
-            images_per_prompt=arguments.images_per_prompt,
-            settings=describe_settings(pipeline),
-        ),
-    }
+def describe_protocol(arguments: argparse.Namespace, pipeline) -> str:
+    """A few sentences for whoever reads the numbers."""
+    return PROTOCOL.format(
+        scenes=describe_scenes(Path(arguments.data)),
+        images_per_prompt=arguments.images_per_prompt,
+        settings=describe_settings(pipeline),
+    )
 
 
-def begin(arguments: argparse.Namespace, pipeline) -> KeptBatches:
-    """The folder beside the results file in which a killed run goes on.
-
-    Raises:
-        ValueError: it was begun with other flags, data or weights.
-    """
-    data, output = Path(arguments.data), Path(arguments.output)
-    names = ("num_questions", "num_reconstructions", "num_prompts", "images_per_prompt")
-    folder = output.with_name(output.stem + "_unfinished")
+def read_settings(arguments: argparse.Namespace, pipeline) -> dict[str, Any]:
+    """Everything that decides the numbers."""
+    data, names = Path(arguments.data), ("num_questions", "num_reconstructions", "num_prompts", "images_per_prompt")
     checkpoint, adapters = find_model(arguments.model, arguments.adapter)
-    settings = {
+    return {
         "model": arguments.model,
         "weights": identify_weights(str(checkpoint)),
         **({"adapters": identify_adapters(adapters)} if adapters else {}),
@@ -253,8 +243,6 @@ def begin(arguments: argparse.Namespace, pipeline) -> KeptBatches:
         **{name: getattr(arguments, name) for name in names},
         "drawing": describe_settings(pipeline),
     }
-    keep_settings(folder / "run.json", settings, describe_machine())
-    return KeptBatches(folder)
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -274,34 +262,43 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = prompts[: arguments.num_prompts]
     silhouettes = load_silhouettes(data)
     pipeline = load_pipeline(arguments)
-    kept = begin(arguments, pipeline)
+    output, settings, facts = Path(arguments.output), read_settings(arguments, pipeline), describe_machine()
+    folder = output.with_name(output.stem + "_unfinished")
+    keep_settings(folder / "run.json", settings, facts)
+    kept = KeptBatches(folder)
 
-    results: dict[str, Any] = {"benchmark": "scenes", "model": arguments.model}
-    if arguments.adapter:
-        results["adapters"] = arguments.adapter
+    parts: dict[str, Any] = {"adapters": arguments.adapter} if arguments.adapter else {}
     for wording in ("question", "paraphrase"):
         outcomes, answered = answer_questions(pipeline, data, rows, wording, arguments.num_questions, kept=kept)
-        results[f"understanding_{wording}"] = answer_summary(outcomes)
+        parts[f"understanding_{wording}"] = answer_summary(outcomes)
         if wording == "question":
             table = answered
-    results["reconstruction"] = summarize(
+    parts["reconstruction"] = summarize(
         reconstruct_scenes(pipeline, data, rows[: arguments.num_reconstructions], silhouettes, kept=kept)
     )
     for wording in ("prompt", "paraphrase"):
         outcomes, drawn = draw_prompts(pipeline, prompts, wording, arguments.images_per_prompt, silhouettes, kept=kept)
-        results[f"drawing_{wording}"] = drawing_summary(outcomes)
+        parts[f"drawing_{wording}"] = drawing_summary(outcomes)
         if wording == "prompt":
             sheet = drawn
     words = json.loads((data / "shapes.json").read_text(encoding="utf-8"))
     outcomes, described = describe_drawings(pipeline, prompts, words, kept=kept)
-    results["interleaved"] = drawing_summary(outcomes)
-    results["run"] = describe_run(arguments, pipeline, time.monotonic() - start)
-    output = Path(arguments.output)
+    parts["interleaved"] = drawing_summary(outcomes)
+    results = make_results(
+        "scenes",
+        arguments.model,
+        parts,
+        settings,
+        command=current_command(),
+        facts=facts,
+        protocol=describe_protocol(arguments, pipeline),
+        start=start,
+    )
     save_sheet(sheet, output.with_name(output.stem + "_drawings.png"))
     save_sample(table, output.with_name(output.stem + "_answers.json"))
     save_sample(described, output.with_name(output.stem + "_descriptions.json"))
     write_json(output, results)  # last: where it is, the run is finished
-    shutil.rmtree(output.with_name(output.stem + "_unfinished"))
+    shutil.rmtree(folder)
     return results
 
 

@@ -23,6 +23,7 @@ from evaluation.runs.files import (
     identify_weights,
     keep_settings,
 )
+from evaluation.runs.results import make_results
 from evaluation.understanding.harness import ROOT, Run, ask_and_score, check_data, probe
 from evaluation.understanding.results import collect_items, read_metrics, read_run, sum_up
 from evaluation.understanding.tasks import SUITE, Task
@@ -127,22 +128,21 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     keep_settings(run.work / "run.json", settings, facts)
     ask_and_score(run, tasks, arguments.num_processes)
     found, samples = read_run(run.work)
-    results = {
-        "benchmark": "understanding",
-        "model": arguments.model,
-        "tasks": {
-            task.name: sum_up(task, collect_items(task, found, samples, run.limit), read_metrics(task, found))
-            for task in tasks
-        },
-        "settings": {**settings, "limit": run.limit, "judge": judge},
-        "run": {
-            "command": _describe_command(arguments),
-            **facts,
-            "commits_of_answers": json.loads((run.work / "run.json").read_text(encoding="utf-8"))["commits"],
-            "protocol": describe_protocol(run, settings["harness"]["lmms-eval"]),
-            "seconds": round(time.monotonic() - start, 1),
-        },
+    numbers = {
+        task.name: sum_up(task, collect_items(task, found, samples, run.limit), read_metrics(task, found))
+        for task in tasks
     }
+    results = make_results(
+        "understanding",
+        arguments.model,
+        {"tasks": numbers},
+        {**settings, "limit": run.limit, "judge": judge},
+        command=_describe_command(arguments),
+        facts=facts,
+        commits_of_answers=json.loads((run.work / "run.json").read_text(encoding="utf-8"))["commits"],
+        protocol=describe_protocol(run, settings["harness"]["lmms-eval"]),
+        start=start,
+    )
     write_json(arguments.output, results)
     return results
 

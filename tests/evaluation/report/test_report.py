@@ -165,9 +165,10 @@ def test_shown_combinations_stand_beside_held_out_ones(tmp_path):
         ("{", r"toy\.json: no results file"),
         (
             '{"benchmark": "geneval-variant"}',
-            "of the benchmark 'geneval-variant', the card takes those of evaluation.scenes",
+            "of the benchmark 'geneval-variant', expected one of evaluation.scenes. Write one: python -m evaluation.scenes",
         ),
-        ("[]", "of the benchmark None"),
+        ("[]", "a list or a single value"),
+        ("{}", "of the benchmark None"),
     ],
 )
 def test_a_file_that_is_no_result_of_the_scenes_ends_in_one_line(tmp_path, content, message):
