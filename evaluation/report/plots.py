@@ -112,8 +112,12 @@ def score_panels(results: dict[str, Any]) -> Panels:
 
 def digest_of(named: dict[str, dict[str, Any]]) -> str:
     """What identifies the numbers in a plot of scores."""
-    shown = {label: score_panels(results) for label, results in named.items()}
-    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
+    return digest({label: score_panels(results) for label, results in named.items()})
+
+
+def digest(numbers: Any) -> str:
+    """The first 16 digits of a sha256 over plain JSON types."""
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_current(plot: Path, named: dict[str, dict[str, Any]]) -> bool:

@@ -3,12 +3,10 @@
 `evaluation.study.report` calls it; matplotlib is needed here only.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-from evaluation.report.plots import DIGEST, make_figure, save_figure
+from evaluation.report.plots import DIGEST, digest, make_figure, save_figure
 from evaluation.study.arms import ARMS, QUESTIONS
 from modeling_pisces.image_loading_pisces import open_picture
 
@@ -22,7 +20,7 @@ def numbers_of(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 def digest_of(results: dict[str, Any], name: str) -> str:
     """What identifies the numbers in a plot."""
-    return hashlib.sha256(json.dumps(numbers_of(results, name), sort_keys=True).encode()).hexdigest()[:16]
+    return digest(numbers_of(results, name))
 
 
 def is_current(path: Path, results: dict[str, Any], name: str) -> bool:

@@ -1,7 +1,7 @@
 """Several sources as one dataset, each with its share: `mix_rows`.
 
 Which source a row comes from follows from its index alone, so a resumed run and every rank agree without talking to
-each other, and every stretch of a hundred rows has nearly the shares of the whole. `data_loaders.load_data` calls
+each other, and every stretch of a hundred rows has nearly the shares of the whole. `load.load_data` calls
 this when it is given several sources.
 """
 
@@ -27,7 +27,7 @@ def mix_rows(
     """One dataset of several sources.
 
     Args:
-        sources: from `data_loaders.load_source`; when one of them is a stream, the result is one.
+        sources: from `load.load_source`; when one of them is a stream, the result is one.
         weights: shares of the rows, in any unit; None everywhere: by size, so that an epoch has each row once.
         seed: of each source's order.
 

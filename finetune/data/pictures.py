@@ -2,7 +2,7 @@
 
 A data file is somebody's text: a path in it must not reach beside the data folder, and a URL in it must not make the
 machine call out, unless the user asks for that. Every loader sends its references through `PictureFolder` before
-anything is opened; which files are inside is `data_paths`' rule. Decoding is `modeling_pisces.load_image`'s.
+anything is opened; which files are inside is `readers.paths`' rule. Decoding is `modeling_pisces.load_image`'s.
 """
 
 import os

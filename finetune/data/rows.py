@@ -1,8 +1,8 @@
 """Map-style training data: rows by index, where a row that turns out to be bad is replaced by the next good one.
 
-`SourceRows` is what `data_loaders.load_data` returns for files, folders and tables. Batches keep their shape, ranks
+`SourceRows` is what `load.load_data` returns for files, folders and tables. Batches keep their shape, ranks
 stay in step and a resumed run sees the same rows, because what stands in for a bad row depends on its index alone.
-Streams are in `data_streams`, mixtures in `data_mixture`.
+Streams are in `streams`, mixtures in `mixture`.
 """
 
 import json

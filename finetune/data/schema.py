@@ -2,8 +2,8 @@
 
 A row is `{"id": ..., "messages": [...]}`: the messages that `PiscesProcessor.apply_chat_template` takes, with pictures
 to understand in user turns and pictures to draw in assistant turns. `docs/data.md` describes it with examples. Every
-loader brings its records to `check_row`; finding and opening pictures is left to `data_pictures`, reading files to
-`data_files`, `data_tables` and `data_tar`.
+loader brings its records to `check_row`; finding and opening pictures is left to `pictures`, reading files to
+`readers.files`, `readers.tables` and `readers.shards`.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 `StreamedRows` goes round and round over its shards. Readers (ranks times dataloader workers) take turns in one
 endless sequence of shard visits, so none of them runs dry before another, which would leave the others waiting for a
-gradient. The order depends on the seed alone. Reading a tar shard is in `data_tar`, a table in `data_tables`.
+gradient. The order depends on the seed alone. Reading a tar shard is in `readers.shards`, a table in `readers.tables`.
 """
 
 import logging

@@ -1,10 +1,10 @@
 """The two-sided guard: a few rows of each side, measured before, during and after training.
 
 The language model serves both sides, so that learning to draw can cost answers, learning to answer can cost drawings,
-and no number of the run itself would show it. Recipes call `load_guard_rows` (in `guard_rows`) and `add_guard`;
+and no number of the run itself would show it. Recipes call `load_guard_rows` (in `guard.rows`) and `add_guard`;
 `TwoSidedGuard` is a callback for any `Trainer` of a Pisces. It prints, logs through the trainer to whatever
 `--report_to` names, writes `guard.json` and sheets of drawings, and warns when a side falls. `run.yaml` and the card
-get their part from `guard_record`. How a side is measured is in `guard_metrics`, pixels are in `guard_pictures`.
+get their part from `guard_record`. How a side is measured is in `guard.metrics`, pixels are in `guard.pictures`.
 """
 
 import json
@@ -89,7 +89,7 @@ class TwoSidedGuard(TrainerCallback):
         every: steps between two measurements; None: a quarter of the run.
         tolerance: a warning says when a share, R^2 or cosine falls by more than this, or a loss rises by more than
             this part of itself.
-        decoder: a pipeline from `guard_pictures.load_decoder`; None makes no sheets.
+        decoder: a pipeline from `guard.pictures.load_decoder`; None makes no sheets.
     """
 
     def __init__(

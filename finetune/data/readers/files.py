@@ -214,7 +214,7 @@ def read_imagefolder(folder: Path, allow_outside_paths: bool = False) -> Iterato
     """Pictures with their captions beside them: `metadata.jsonl` or `metadata.csv`, also in folders below, with a
     column `file_name`; or, without any, one text file per picture (`cat.png`, `cat.txt`).
 
-    A metadata file or a caption that `data_paths` refuses is one bad record.
+    A metadata file or a caption that `readers.paths` refuses is one bad record.
 
     Raises:
         DataError: neither is there.

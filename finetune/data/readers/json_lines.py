@@ -1,8 +1,8 @@
 """JSON of people one does not know: a value that cannot be used costs one record, never the whole source.
 
 The json module raises other errors than its own for an integer of 5,000 digits or 5,000 brackets, keeps the last of
-two equal keys without a word, and does not say where a value ends that it gave up on. `data_files` and `data_tar`
-read all their JSON here.
+two equal keys without a word, and does not say where a value ends that it gave up on. `readers.files` and
+`readers.shards` read all their JSON here.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Local Parquet files: which of them may be read, and reading past the parts that cannot be.
 
-`data_tables` loads whole files with `datasets`, which gives up on a file at its first damaged row group. Here the row
-groups are tried one by one, and a stream reads nothing else.
+`readers.tables` loads whole files with `datasets`, which gives up on a file at its first damaged row group. Here the
+row groups are tried one by one, and a stream reads nothing else.
 """
 
 import os

@@ -1,7 +1,7 @@
 """WebDataset shards: tar files in which the files of one sample stand together and share a name up to the first dot.
 
 `000017.jpg` and `000017.json` are one record; nothing is written to disk, and no other package is needed.
-`data_loaders` makes a `data_streams.StreamedRows` of the shards.
+`load` makes a `streams.StreamedRows` of the shards.
 """
 
 import glob

@@ -1,7 +1,7 @@
 """Tables that bring their pictures along: Parquet files, datasets of the Hub, and folders of `save_to_disk`.
 
 The `datasets` library reads them: it memory-maps, caches, and knows the Image feature. Pictures stay encoded until a
-row is asked for. `data_loaders` wraps the result in `SourceRows` or, with `streaming: true`, in `StreamedRows`.
+row is asked for. `load` wraps the result in `SourceRows` or, with `streaming: true`, in `StreamedRows`.
 """
 
 import itertools
