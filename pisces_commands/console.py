@@ -26,6 +26,7 @@ examples:
   pisces draw "a red circle" "two blue stars" --num_images 4 --seed 7 --output drawings --sheet drawings/sheet.png
   pisces reconstruct photo.png --output photo_again.png
   pisces info ./{DEFAULT_MODEL} --json
+  pisces push runs/mine --repo me/my-emoji --license cc-by-4.0
 
 checkpoints:
   --model takes a folder or a Hub id (owner/name). Without it the folder ./{DEFAULT_MODEL} is used.
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_draw(commands)
     _add_reconstruct(commands)
     _add_info(commands)
+    _add_push(commands)
     return parser
 
 
@@ -163,6 +165,26 @@ def _add_info(commands) -> None:
         runs_model=False,
     )
     parser.add_argument("checkpoint", nargs="?", help="the same as --model")
+
+
+def _add_push(commands) -> None:
+    summary = "publish a checkpoint or an adapter on the Hub"
+    parser = commands.add_parser(
+        "push",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. One commit, all of it or nothing; the repository is private "
+        "unless --public is given. A push that broke off goes on with the same command.",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="checkpoint, exported checkpoint or adapter")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository; made when missing")
+    parser.add_argument("--public", action="store_true", help="let everybody see a repository that is made now")
+    parser.add_argument("--license", help="for the card, for example apache-2.0 (default: what the card says)")
+    parser.add_argument("--data", metavar="TEXT", help="what it was trained on, in a sentence for the card")
+    parser.add_argument("--base", metavar="OWNER/NAME", help="of an adapter: its base, as others find it")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    parser.add_argument("--verbose", action="store_true", help="show library messages, and the traceback of an error")
 
 
 def _add_drawing_options(parser: argparse.ArgumentParser) -> None:

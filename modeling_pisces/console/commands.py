@@ -1,4 +1,4 @@
-"""What the four commands of `pisces` do: describe, draw, reconstruct, info.
+"""What the commands of `pisces` do: describe, draw, reconstruct, info, push.
 
 `pisces_commands/console.py` parses the arguments and turns exceptions into one line and an exit code. Here a command
 checks the checkpoint and its inputs, loads the model, works through the inputs one by one, and reports one that cannot
@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..checkpoint.adapters import (
 from ..checkpoint.files import check_checkpoint
 from ..checkpoint.info import describe_checkpoint, format_checkpoint
 from ..checkpoint.loading import load_model, load_pipeline, quiet_libraries
+from ..hub.publish import publish
 from .contact_sheet import Section, Tile, make_contact_sheet
 from .pictures import OutputPlace, UsageError, find_pictures, first_usable
 
@@ -40,6 +42,9 @@ DEFAULT_QUESTION = "Describe the picture."
 
 def run_command(args: argparse.Namespace) -> int:
     """Run the command that `args` names and return its exit code."""
+    if args.command == "push":
+        with nullcontext() if args.verbose else quiet_libraries():
+            return _push(args)
     command = {"describe": _describe, "draw": _draw, "reconstruct": _reconstruct, "info": _info}[args.command]
     with nullcontext() if args.verbose else quiet_libraries():
         folder, args.adapters = _checked_checkpoint(args)
@@ -85,6 +90,23 @@ def _info(args: argparse.Namespace, folder: Path) -> int:
         print(json.dumps({"command": "info", **info, "adapters": adapters}))
     else:
         print("\n\n".join([format_checkpoint(info), *map(format_adapter, adapters)]))
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    try:
+        report = publish(
+            args.folder,
+            args.repo,
+            private=not args.public,
+            license=args.license,
+            data=args.data,
+            base=args.base,
+            revision=args.revision,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    print(json.dumps({"command": "push", **asdict(report)}) if args.json else report)
     return 0
 
 

@@ -78,6 +78,20 @@ def push_folder(
             f"create_pr and revision={revision!r} exclude each other: the pull request is its own branch."
         )
     files = [path.as_posix() for path in check_hub_folder(folder)]
+    return send_files(folder, files, repo_id, private, token, revision, create_pr, commit_message)
+
+
+def send_files(
+    folder: Path,
+    files: list[str],
+    repo_id: str,
+    private: bool,
+    token: str | None,
+    revision: str | None,
+    create_pr: bool,
+    commit_message: str,
+) -> PushReport:
+    """Send checked files as one commit; arguments and errors as in `push_folder`."""
     api = HfApi(token=token)
     before = None
     try:

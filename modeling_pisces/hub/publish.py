@@ -1,0 +1,163 @@
+"""`pisces push`: a checkpoint or an adapter as it lies in a folder, to a repository that loads by its name.
+
+A plain checkpoint is exported first, so that it loads without the package too; of an adapter exactly the files that a
+user needs are sent, never the states of optimizers. The card gets what its author said on the command line. Checks and
+sending are those of `push`.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from ..checkpoint.adapters import MODEL_CONFIG, Adapter, find_adapter, is_adapter
+from ..checkpoint.files import check_checkpoint, read_json
+from .cards import check_card
+from .checks import check_repo_id
+from .export import export_to_folder
+from .push import PushReport, push_folder, send_files
+
+
+# What a user of an adapter needs; checkpoints of the run, pickles and logs stay at home.
+ADAPTER_FILES = (
+    "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "README.md", "run.yaml",
+    "guard.json", "*.png", "processor_config.json", "preprocessor_config.json", "tokenizer*", "chat_template.jinja",
+)  # fmt: skip
+DATA_HEADING = "## What it learned from"
+SAMPLES_HEADING = "## Samples"
+
+
+def publish(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool = True,
+    license: str | None = None,
+    data: str | None = None,
+    base: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> PushReport:
+    """Publish a checkpoint or an adapter with a filled card; nothing in the folder itself is changed.
+
+    Args:
+        folder: a checkpoint, an exported checkpoint, or an adapter of the language model, the decoder or both.
+        repo_id: owner/name, without a dot; made if it does not exist.
+        private: whether a repository that is made now is private.
+        license: for the card's metadata; None keeps what the card says.
+        data: what it was trained on, for the card.
+        base: of an adapter, its base as others find it; None keeps the name in its configuration.
+        revision: branch to push to.
+        token: None takes that of `hf auth login`.
+
+    Raises:
+        ValueError: before anything is sent: what cannot be published as it is, and what to add.
+        RuntimeError: the Hub refused or the connection broke; the same call goes on.
+    """
+    source = Path(folder).expanduser()
+    if not source.is_dir():
+        raise ValueError(f"{folder}: no such folder. Give a checkpoint or an adapter.")
+    check_repo_id(repo_id)
+    stage = _stage_adapter if is_adapter(source) else _stage_checkpoint
+    if base is not None and stage is _stage_checkpoint:
+        raise ValueError(f"--base {base}: {folder} is a whole checkpoint, which has no base. Leave it out.")
+    # beside the folder: a checkpoint is large, and the system's temporary folder often is not
+    with TemporaryDirectory(prefix=".push-", dir=source.resolve().parent) as held:
+        staged = Path(held) / "folder"
+        send = stage(source, staged, base)
+        _fill_card(staged / "README.md", license, data)
+        return send(staged, repo_id, private, token, revision)
+
+
+Send = Callable[[Path, str, bool, str | None, str | None], PushReport]
+
+
+def _stage_checkpoint(source: Path, staged: Path, base: str | None) -> Send:
+    check_checkpoint(source, with_decoder=(source / "model_index.json").exists())
+    export_to_folder(source, None, staged)
+    for name in ("provenance.json", "known_words.txt"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, staged / name)
+
+    def send(folder: Path, repo_id: str, private: bool, token: str | None, revision: str | None) -> PushReport:
+        return push_folder(folder, repo_id, private=private, token=token, revision=revision)
+
+    return send
+
+
+def _stage_adapter(source: Path, staged: Path, base: str | None) -> Send:
+    adapter = find_adapter(str(source))
+    base = base or adapter.base
+    if base is None or Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        raise ValueError(
+            f"{source}: its base is {base or 'not named'}, which others cannot find. Add --base OWNER/NAME, under "
+            "which the base is published."
+        )
+    staged.mkdir()
+    for pattern in ADAPTER_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, staged / path.name)
+    sheets = sorted((source / "guard").glob("step-*.png"))
+    if sheets:
+        shutil.copyfile(sheets[-1], staged / "guard.png")
+    if (staged / MODEL_CONFIG).is_file():
+        config = read_json(staged / MODEL_CONFIG) | {"base_model_name_or_path": base}
+        (staged / MODEL_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    _prepare_adapter_card(staged / "README.md", adapter, base)
+
+    def send(folder: Path, repo_id: str, private: bool, token: str | None, revision: str | None) -> PushReport:
+        text = (folder / "README.md").read_text(encoding="utf-8").replace("this-folder", repo_id)
+        (folder / "README.md").write_text(text.replace(str(source), repo_id), encoding="utf-8")
+        check_card(folder / "README.md")
+        files = sorted(path.name for path in folder.iterdir())
+        return send_files(folder, files, repo_id, private, token, revision, False, "Upload a Pisces adapter")
+
+    return send
+
+
+def _prepare_adapter_card(path: Path, adapter: Adapter, base: str) -> None:
+    """Name the base as others find it, and show the samples; of an adapter without a card, write a short one."""
+    if not path.is_file():
+        path.write_text(f"---\nlibrary_name: peft\n---\n\n# A Pisces adapter for {base}\n", encoding="utf-8")
+    card = ModelCard(path.read_text(encoding="utf-8"))
+    tag = "text-to-image" if "decoder" in adapter.sides and len(adapter.sides) == 1 else "any-to-any"
+    defaults = {"library_name": "peft", "pipeline_tag": tag, "base_model": base, "base_model_relation": "adapter"}
+    for name, value in defaults.items():
+        if name.startswith("base_model") or getattr(card.data, name, None) is None:
+            setattr(card.data, name, value)
+    text = str(card)
+    if adapter.base and adapter.base != base:
+        text = text.replace(adapter.base, base)
+    pictures = sorted(picture.name for picture in path.parent.glob("*.png"))
+    if pictures and SAMPLES_HEADING not in text:
+        text += f"\n\n{SAMPLES_HEADING}\n\n" + "\n\n".join(f"![{name}]({name})" for name in pictures) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _fill_card(path: Path, license: str | None, data: str | None) -> None:
+    """Write licence and data statement into a card.
+
+    Raises:
+        ValueError: the card names no licence and none was given.
+    """
+    card = ModelCard(path.read_text(encoding="utf-8"))
+    values: Any = card.data
+    if license is not None:
+        values.license = license
+    if not getattr(values, "license", None):
+        raise ValueError(
+            "the card names no license. Add --license, for example --license apache-2.0; it must allow what your data "
+            "and the base allow."
+        )
+    text = str(card)
+    if data is not None:
+        said = f"{DATA_HEADING}\n\n{data.strip()}\n\n"
+        pattern = rf"{re.escape(DATA_HEADING)}\n.*?(?=\n## |\Z)"
+        found = re.search(pattern, text, flags=re.DOTALL)
+        text = text[: found.start()] + said + text[found.end() :].lstrip("\n") if found else f"{text}\n\n{said}"
+    path.write_text(text, encoding="utf-8")
