@@ -25,6 +25,7 @@ from finetune.data.schema import Row
 from finetune.guard.metrics import Metrics, measure_drawing, measure_losses, measure_understanding
 from finetune.guard.pictures import load_decoder, make_sheet, report_picture
 from finetune.guard.rows import GuardArguments
+from finetune.guard.table import point_table
 from pisces_commands.writing import write_json, write_whole
 
 
@@ -142,7 +143,8 @@ class TwoSidedGuard(TrainerCallback):
         self._log({f"eval_guard_{side}_{name}": v for side in self.rows for name, v in point[side].items()})
         if not self.trainer.is_world_process_zero():
             return
-        print(f"guard, step {step}: " + "; ".join(f"{side} {_show(point[side])}" for side in self.rows), flush=True)
+        fallen = [(fall.side, fall.metric) for fall in find_falls(self.points, self.tolerance)]
+        print(point_table(self.points, fallen, self.trained), flush=True)
         self._write()
         if sheet is not None:
             self._keep_sheet(sheet, step)
@@ -234,14 +236,16 @@ def find_falls(points: Sequence[Mapping[str, Any]], tolerance: float) -> list[Fa
     return falls
 
 
-def _show(metrics: Metrics) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-
-
 def guard_record(trainer: Trainer) -> dict[str, Any] | None:
     """What the guard of a trainer found, as in `guard.json` without the rows' ids; None if nothing was watched."""
     guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TwoSidedGuard)]
     return guards[0].record() if guards and guards[0].points else None
+
+
+def guarded_rows(trainer: Trainer, side: str) -> list[Row]:
+    """The rows of a side that the guard of a trainer watches."""
+    guards = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TwoSidedGuard)]
+    return guards[0].rows.get(side, []) if guards else []
 
 
 def guard_table(guard: Mapping[str, Any]) -> str:

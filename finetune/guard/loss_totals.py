@@ -6,6 +6,7 @@ the rows alone, not on how they were cut into batches or spread over processes.
 """
 
 # Dg width of a generated vector
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -16,7 +17,7 @@ class LossTotals:
     """Running totals of text tokens and image vectors, their losses and the spread of the vectors.
 
     Args:
-        config: the model's; the loss of a "flow" head or of cosine is no squared error of vectors and has no R^2.
+        config: the model's; the loss of a "flow" head or of cosine is no squared error of vectors.
         device: where the totals are kept.
     """
 
@@ -45,9 +46,8 @@ class LossTotals:
         """The means over all processes, or over this one without `accelerator`; a side without a target is absent.
 
         Returns:
-            "text_loss" in nats per token, "image_loss" per vector, "image_r2" = 1 - image_loss / variance of the
-            vectors about their own per-channel mean (regression by "mse"), their sum "loss" with the config's weight,
-            "num_text_tokens", "num_image_vectors" and "num_input_tokens".
+            "text_loss" in nats per token, "image_loss" per vector, "image_r2" (see `image_r2`), their sum
+            "loss" with the config's weight, "num_text_tokens", "num_image_vectors" and "num_input_tokens".
         """
         totals = self.totals.clone()
         totals = (totals if accelerator is None else accelerator.reduce(totals, "sum")).cpu().double()
@@ -60,13 +60,43 @@ class LossTotals:
             numbers["image_loss"] = image_sum / num_vectors
             numbers["loss"] += self.config.image_loss_weight * numbers["image_loss"]
             variance = squares / num_vectors - (totals[6:] / num_vectors).square().mean().item()
-            if self.config.image_loss_is_squared_error and variance > 0:
-                numbers["image_r2"] = 1 - numbers["image_loss"] / variance
+            if (r2 := image_r2(self.config, numbers["image_loss"], variance)) is not None:
+                numbers["image_r2"] = r2
         counts = {"num_text_tokens": num_text, "num_image_vectors": num_vectors, "num_input_tokens": num_tokens}
         return numbers | {name: int(count) for name, count in counts.items()}
 
     def reset(self) -> None:
         self.totals.zero_()
+
+
+def image_r2(config: PiscesConfig, loss: float, variance: float) -> float | None:
+    """How much of the vectors the model knows beyond their mean and spread: 0 is nothing, 1 is everything.
+
+    1 - loss / loss of a prediction that ignores the prompt. For regression by squared error that is the variance. For
+    a flow head it is the least error of a velocity that is guessed from the noisy vector alone, were vectors normally
+    distributed. None for the cosine loss, which is a similarity itself.
+
+    Args:
+        config: the model's.
+        loss: mean image loss per element.
+        variance: of the vectors about their per-channel mean, mean over channels.
+    """
+    if variance <= 0:
+        return None
+    if config.image_loss_is_squared_error:
+        return 1 - loss / variance
+    return 1 - loss / flow_baseline(variance) if config.gen_head_type == "flow" else None
+
+
+def flow_baseline(variance: float, num_points: int = 2000) -> float:
+    """The least mean squared error of v - e, known t v + (1 - t) e alone; v has this variance, e variance 1.
+
+    t is the square of a uniform number, as in `PiscesFlowHead.loss_per_vector`.
+    """
+    time = ((np.arange(num_points) + 0.5) / num_points) ** 2
+    noisy = time**2 * variance + (1 - time) ** 2  # variance of what is known
+    shared = time * variance - (1 - time)  # its covariance with the velocity
+    return float(np.mean(variance + 1 - shared**2 / noisy))
 
 
 def count_targets(batches: list[dict[str, torch.Tensor]], config: PiscesConfig) -> torch.Tensor:

@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import cached_file, logging
 
 from finetune.data.schema import Row
+from finetune.guard.ceiling import find_ceiling
 from finetune.guard.metrics import drawing_exchange
 from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sheet
 
@@ -59,7 +60,7 @@ def load_decoder(checkpoint: str, model: Any, processor: Any, **source: Any) -> 
 
 
 def make_sheet(pipeline: Any, rows: Sequence[Row], drawn: torch.Tensor, step: int) -> Image.Image:
-    """The first pictures that were wanted, and below them what the model draws at this step.
+    """The first pictures that were wanted, what the model draws at this step, and the decoder's best of the wanted.
 
     Args:
         pipeline: from `load_decoder`.
@@ -68,19 +69,22 @@ def make_sheet(pipeline: Any, rows: Sequence[Row], drawn: torch.Tensor, step: in
         step: for the title.
     """
     exchanges = [drawing_exchange(row) for row in rows[:MAX_TILES]]
-    captions = [_caption(prompt) for prompt, _ in exchanges]
-    pictures = _decode(pipeline, drawn[:MAX_TILES])
+    captions = [caption_of(prompt) for prompt, _ in exchanges]
+    pictures = decode_vectors(pipeline, drawn[:MAX_TILES])
     wanted = [Tile(picture, caption) for (_, picture), caption in zip(exchanges, captions, strict=True)]
     made = [Tile(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
-    return make_contact_sheet([Section("wanted", wanted), Section(f"drawn at step {step}", made)], 128, MAX_TILES)
+    ceiling = find_ceiling(pipeline, [picture for _, picture in exchanges])
+    best = [Tile(item.best, f"{item.psnr:.1f} dB") for item in ceiling]
+    sections = [Section("wanted", wanted), Section(f"drawn at step {step}", made)]
+    return make_contact_sheet([*sections, Section("the best that the decoder can draw", best)], 128, MAX_TILES)
 
 
-def _caption(prompt: list[dict]) -> str:
+def caption_of(prompt: list[dict]) -> str:
     texts = [part["text"] for message in prompt for part in message["content"] if part["type"] == "text"]
     return texts[-1] if texts else ""
 
 
-def _decode(pipeline: Any, vectors: torch.Tensor) -> list[Image.Image]:
+def decode_vectors(pipeline: Any, vectors: torch.Tensor) -> list[Image.Image]:
     """Vectors to pictures, seed i for row i; the decoder is on the model's device only meanwhile."""
     device = pipeline.vision_language_model.device
     parts = [part for part in (pipeline.unet, pipeline.vae) if part is not None]

@@ -41,7 +41,8 @@ def write_card(folder: str | Path, model: Any, history: list[dict], facts: Mappi
         folder: of the adapter.
         model: the trained model, with or without PEFT.
         history: the points of the curve, as Trainer keeps them.
-        facts: "recipe", "data", "guard", "base_model", "adapter_id": each is optional and has an honest default.
+        facts: "recipe", "data", "guard", "learned", "base_model", "adapter_id": each is optional, with an honest
+            default.
     """
     facts = dict(facts or {})
     base = facts.get("base_model") or getattr(model.config, "_name_or_path", "") or "the base checkpoint"
@@ -64,6 +65,7 @@ def write_card(folder: str | Path, model: Any, history: list[dict], facts: Mappi
         describe_adapter(model),
         "## What it reached",
         metrics_table(history),
+        *(["## Whether it learned its pictures", facts["learned"]] if "learned" in facts else []),
         "## What it did to both sides",
         facts.get("guard", "Not watched."),
         f"Versions: peft {version('peft')}, trl {version('trl')}, transformers {version('transformers')}.",

@@ -48,6 +48,9 @@ class RecipeArguments(GuardArguments):
     dry_run: bool = field(
         default=False, metadata={"help": "report on data, model and memory; write and train nothing"}
     )
+    judge_rows: int = field(
+        default=32, metadata={"help": "trained captions that are drawn and judged at the end of the run; 0: none"}
+    )
     base_model_id: str | None = field(
         default=None, metadata={"help": "the checkpoint's id on the Hub, for the card, if it was loaded from a folder"}
     )

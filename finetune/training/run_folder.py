@@ -12,14 +12,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import yaml
 from accelerate import PartialState
 from huggingface_hub import CommitOperationAdd, HfApi
 from transformers import Trainer
+from transformers.utils import logging
 
-from finetune.guard.guard import guard_record, guard_table
+from finetune.guard.guard import guard_record, guard_table, guarded_rows
+from finetune.guard.verdict import advice, judge_run
 from finetune.training.adapter_card import write_card
 from finetune.training.adapters import AdapterConfig
 from finetune.training.checkpoints import WRITE_ERRORS, last_complete_checkpoint
@@ -35,14 +38,15 @@ from finetune.training.starts import (
     meaning_of,
     train,
 )
+from modeling_pisces.hub.publish import stage_adapter
 from pisces_commands.measurement import current_commit, describe_hardware
 from pisces_commands.writing import WriteError, write_json, write_whole
 
 
+logger = logging.get_logger(__name__)
+
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "torchao")
-# Everything else in the folder (checkpoints, training_args.bin, logs) stays at home.
-PUSHED = ("adapter_config.json", "adapter_model.safetensors", "README.md", "run.yaml")
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer*", "chat_template.jinja")
+SHEET = "learned.png"
 
 
 class RunStart(NamedTuple):
@@ -83,7 +87,7 @@ def begin_run(
         "raise --max_steps; to train something else, choose another --output_dir."
     )
     if training.push_to_hub and PartialState().is_main_process:
-        print(f"pushed: {push_run(Path(folder), training)}")
+        print(f"pushed: {push_run(Path(folder), training, recipe.base_model_id)}")
     return None
 
 
@@ -138,17 +142,21 @@ def save_run(
 
 
 def _write_records(trainer, folder: Path, name: str, recipe, adapter: AdapterConfig, rows: Rows) -> None:
+    learned = _judge(trainer, folder, recipe, adapter, rows)
     facts = {
         "recipe": name,
         "base_model": recipe.base_model_id or adapter.model_name_or_path,
         "adapter_id": trainer.args.hub_model_id or str(folder),
         "data": describe_rows(recipe.data, rows),
     }
+    if learned:
+        facts["learned"] = learned["said"]
     if (guard := guard_record(trainer)) is not None:
         facts["guard"] = guard_table(guard)
     record = run_record(name, recipe, trainer.args, adapter) | {
         "data": facts["data"],
         "guard": guard,
+        "learned": learned,
         "steps": trainer.state.global_step,
         "starts": json.loads((folder / STARTED_FILE).read_text(encoding="utf-8"))["starts"],
         "curve": trainer.state.log_history,
@@ -157,6 +165,31 @@ def _write_records(trainer, folder: Path, name: str, recipe, adapter: AdapterCon
     write_card(folder, trainer.model, trainer.state.log_history, facts)
     # last: where it is, the run is finished
     write_whole(folder / "run.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+
+
+def _judge(trainer, folder: Path, recipe, adapter: AdapterConfig, rows: Rows) -> dict[str, Any] | None:
+    """Say whether the run learned its pictures, and write the sheet; None where nothing can be drawn."""
+    if not recipe.judge_rows or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None
+    source = {"revision": adapter.model_revision, "trust_remote_code": trainer.args.trust_remote_code}
+    heldout = guarded_rows(trainer, "drawing") or trainer.eval_dataset
+    try:
+        verdict = judge_run(trainer, adapter.model_name_or_path, rows.dataset, heldout, recipe.judge_rows, **source)
+    except (ValueError, OSError, RuntimeError) as error:  # the adapter is trained and saved: nothing of that is lost
+        logger.warning(
+            f"the run could not be judged ({' '.join(str(error).split())[:300]}). --judge_rows 0 leaves it."
+        )
+        return None
+    if verdict is None:
+        return None
+    facts, picture = verdict
+    write_whole(folder / SHEET, picture.save)
+    num_seen = trainer.state.global_step * meaning_of(trainer.args)["rows_per_step"]
+    change = advice(facts["trained"], adapter.flavour, num_seen / max(1, len(rows.lengths or [1])))
+    print(f"learned: {facts['said']} Look at {folder / SHEET}.", flush=True)
+    if change:
+        logger.warning(f"this run has hardly learned its pictures: {facts['said']} {change}")
+    return {**facts, "advice": change}
 
 
 def _name_base(folder: Path, base: str, revision: str | None) -> None:
@@ -226,16 +259,22 @@ def check_push(recipe: RecipeArguments, training: PiscesSFTConfig, adapter: Adap
         )
 
 
-def push_run(folder: Path, training: PiscesSFTConfig) -> str:
+def push_run(folder: Path, training: PiscesSFTConfig, base: str | None = None) -> str:
     """Push adapter, processor, card and `run.yaml` in one commit, to a private repository unless told otherwise.
+
+    Args:
+        folder: of a finished run, which stays as it is; checkpoints and logs are not sent.
+        training: names the repository.
+        base: Hub id of the base, if the folder names another one.
 
     Returns:
         the commit's URL.
     """
     api = HfApi(token=training.hub_token)
     repo_id = api.create_repo(training.hub_model_id, private=training.hub_private_repo, exist_ok=True).repo_id
-    patterns = (*PUSHED, *PROCESSOR_FILES)
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    additions = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files]
-    # not upload_folder: it may send several commits, and the first of them would be half an adapter
-    return str(api.create_commit(repo_id, additions, commit_message="Upload a Pisces adapter").commit_url)
+    with TemporaryDirectory(prefix=".push-", dir=folder.resolve().parent) as held:
+        staged = Path(held) / "adapter"
+        names = stage_adapter(folder, staged, base)
+        additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=staged / name) for name in names]
+        # not upload_folder: it may send several commits, and the first of them would be half an adapter
+        return str(api.create_commit(repo_id, additions, commit_message="Upload a Pisces adapter").commit_url)

@@ -90,7 +90,17 @@ def _stage_checkpoint(source: Path, staged: Path, base: str | None) -> Send:
     return send
 
 
-def _stage_adapter(source: Path, staged: Path, base: str | None) -> Send:
+def stage_adapter(source: Path, staged: Path, base: str | None) -> list[str]:
+    """Copy what others need of an adapter, with its base named as they find it; the names of the files.
+
+    Args:
+        source: the adapter's folder, which stays as it is.
+        staged: a folder to make.
+        base: Hub id of the base; None takes the one that the adapter names.
+
+    Raises:
+        ValueError: the adapter is not whole, or its base is no Hub id.
+    """
     adapter = find_adapter(str(source))
     base = base or adapter.base
     if base is None or Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
@@ -102,19 +112,22 @@ def _stage_adapter(source: Path, staged: Path, base: str | None) -> Send:
     for pattern in ADAPTER_FILES:
         for path in source.glob(pattern):
             shutil.copyfile(path, staged / path.name)
-    sheets = sorted((source / "guard").glob("step-*.png"))
-    if sheets:
+    if sheets := sorted((source / "guard").glob("step-*.png")):
         shutil.copyfile(sheets[-1], staged / "guard.png")
     if (staged / MODEL_CONFIG).is_file():
         config = read_json(staged / MODEL_CONFIG) | {"base_model_name_or_path": base}
         (staged / MODEL_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     _prepare_adapter_card(staged / "README.md", adapter, base)
+    return sorted(path.name for path in staged.iterdir())
+
+
+def _stage_adapter(source: Path, staged: Path, base: str | None) -> Send:
+    files = stage_adapter(source, staged, base)
 
     def send(folder: Path, repo_id: str, private: bool, token: str | None, revision: str | None) -> PushReport:
         text = (folder / "README.md").read_text(encoding="utf-8").replace("this-folder", repo_id)
         (folder / "README.md").write_text(text.replace(str(source), repo_id), encoding="utf-8")
         check_card(folder / "README.md")
-        files = sorted(path.name for path in folder.iterdir())
         return send_files(folder, files, repo_id, private, token, revision, False, "Upload a Pisces adapter")
 
     return send

@@ -175,10 +175,13 @@ def test_it_measures_before_during_and_after(tmp_path, capsys):
     written = json.loads((tmp_path / "guard.json").read_text())
     assert written["points"] == guard.points and written["trained"] == ["understanding"]
     assert written["rows"]["drawing"] == ["draw-50", "draw-51", "edit-52"]
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("guard, step")]
-    assert len(lines) == 4
-    assert f"understanding text_loss {guard.points[0]['understanding']['text_loss']:.4g}" in lines[0]
-    assert "drawing image_loss" in lines[0] and "vector_r2" in lines[0] and "vector_cosine" in lines[0]
+    tables = capsys.readouterr().out.split("guard, step ")[1:]
+    assert len(tables) == 4
+    words = [line.split() for line in tables[-1].splitlines()[:5]]
+    before, now = (f"{point['understanding']['text_loss']:.4g}" for point in (guard.points[0], guard.points[-1]))
+    assert words[0] == ["5", "before", "now"]
+    assert words[1][:5] == ["understanding", "(trained)", "text_loss", before, now]
+    assert [line[-3 - (line[-1] == "worse")] for line in words[3:5]][-1] == "image_loss"
 
 
 def test_points_go_to_the_log_of_the_trainer(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset as HubDataset
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from finetune.data.collator import PiscesDataCollator
+from finetune.guard.loss_totals import flow_baseline, image_r2
 from finetune.training.sft_config import PiscesSFTConfig
 from tests.finetune.lora_fixtures import ListRows, make_adapted, make_rows, make_trainer
 from tests.fixtures import make_model, make_processor
@@ -97,9 +99,29 @@ def test_a_side_without_targets_is_absent_from_the_log(kinds, absent, tmp_path):
         assert point["num_image_vectors"] == 8
 
 
-def test_a_flow_head_has_no_r2(tmp_path):
-    point, _ = one_step(tmp_path, make_rows("dd"), model=make_adapted(gen_head_type="flow"))
-    assert "image_loss" in point and "image_r2" not in point
+def test_r2_of_a_flow_head_is_measured_against_a_guess_without_the_prompt(tmp_path):
+    rows, model = make_rows("dd"), make_adapted(gen_head_type="flow")
+    with torch.no_grad():
+        targets = model.encode_gen_images(PiscesDataCollator(make_processor())(rows)["gen_pixel_values"]).flatten(0, 1)
+    point, _ = one_step(tmp_path, rows, model=model)
+    baseline = flow_baseline((targets - targets.mean(0)).square().mean().item())
+    assert point["image_r2"] == pytest.approx(1 - point["image_loss"] / baseline, abs=1e-4)
+
+
+def test_the_guess_without_the_prompt_is_the_best_one_for_normal_vectors():
+    """By regression of the velocity on the noisy vector, at many times apart."""
+    rng, variance, errors = np.random.default_rng(0), 0.7, []
+    for time in (rng.random(400) ** 2).tolist():
+        vector, noise = rng.normal(0, variance**0.5, 4000), rng.normal(size=4000)
+        noisy, velocity = time * vector + (1 - time) * noise, vector - noise
+        slope = (noisy * velocity).mean() / (noisy * noisy).mean()
+        errors.append(np.square(velocity - slope * noisy).mean())
+    assert flow_baseline(variance) == pytest.approx(np.mean(errors), rel=0.05)
+
+
+def test_a_loss_by_cosine_has_no_r2():
+    assert image_r2(make_model(gen_loss_type="cosine").config, 0.5, 1.0) is None
+    assert image_r2(make_model().config, 0.5, 0.0) is None
 
 
 def test_the_log_has_throughput_memory_and_a_running_count(tmp_path):
