@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune import check_data, lora_generation
+from pisces_commands import console
 from tests.finetune.lora_fixtures import make_picture
 from tests.hub_server import HubServer
 
@@ -43,7 +44,8 @@ def run_command(line: str):
 
 def test_the_walk_from_pictures_to_a_pushed_adapter(folder, monkeypatch, capsys):
     check, dry_run, train, push = re.findall(r"```bash\n(.*?)\n```", WALK, flags=re.S)
-    run_command(check)
+    assert run_command(check) == 0 and (folder / "look.png").stat().st_size > 0
+    assert "5 of your pictures encoded and decoded: PSNR" in capsys.readouterr().out
     assert run_command(dry_run) is None and not (folder / "runs").exists()
     assert "5 (5 generation)" in capsys.readouterr().out
     run_command(train)
@@ -56,10 +58,14 @@ def test_the_walk_from_pictures_to_a_pushed_adapter(folder, monkeypatch, capsys)
     runpy.run_path(str(folder / "use.py"))
     assert (folder / "moon.png").stat().st_size > 0
 
+    record = (folder / "runs/mine/run.yaml").read_bytes()
+    assert run_command(train) is None  # finished: trained once, not twice
+    monkeypatch.setenv("HF_TOKEN", "none")
     with HubServer() as hub:
         hub.redirect(monkeypatch)
-        trainer = run_command(push + " --hub_token none")
+        words = shlex.split(push)
+        assert words[0] == "pisces" and console.main(words[1:]) == 0
         files = hub.commits("me/my-pictures")[-1].files
-    assert len([point for point in trainer.state.log_history if "grad_norm" in point]) == 2  # trained once, not twice
+    assert (folder / "runs/mine/run.yaml").read_bytes() == record
     assert files["adapter_model.safetensors"] == (folder / "runs/mine/adapter_model.safetensors").read_bytes()
     assert b"base_model: me/pisces-tiny" in files["README.md"]
