@@ -23,7 +23,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from finetune.data.schema import Row
 from finetune.training.checkpoints import last_complete_checkpoint
-from pisces_commands.measurement import current_commit
+from pisces_commands.measurement import current_command, current_commit
 from pisces_commands.writing import write_json
 
 
@@ -230,6 +230,37 @@ def identify_rows(rows: Iterable[Row]) -> str:
         said = [[m["role"], m.get("train", True), [_part(p) for p in m["content"]]] for turn in turns for m in turn]
         digest.update(json.dumps([row.get("id"), said]).encode())
     return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def identify_folders(folders: Iterable[str | Path]) -> str:
+    """A hash over names and sizes of the files of data folders, but for what a command keeps there for itself."""
+    digest = hashlib.sha256()
+    for folder in map(Path, folders):
+        files = (path for path in folder.rglob("*") if path.is_file() and "gen_vectors-" not in str(path))
+        for path in sorted(files):
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+    return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def train_part(trainer: Trainer, name: str, run: Any, base: str | None = None) -> None:
+    """`check_start`, `keep_start` and `train` for the `train_*` commands, whose flags are one dataclass.
+
+    Args:
+        trainer: its output folder keeps the checkpoints, and `started.json` beside them.
+        name: of the command.
+        run: its flags, with `data` and `resume`.
+        base: checkpoint folder that the command starts from, if it does.
+
+    Raises:
+        ValueError: the folder was begun with other settings, data or weights.
+    """
+    folder, settings = trainer.args.output_dir, meaning_of(run)
+    start = identify_base(base) if base else ("", None)
+    if run.resume:
+        check_start(folder, name, settings, start)
+    data = (run.data, identify_folders(run.data))
+    keep_start(folder, name, settings, start, data, current_command(), anew=not run.resume)
+    train(trainer, run.resume)
 
 
 def _part(part: dict[str, Any]) -> Any:
