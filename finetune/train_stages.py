@@ -26,7 +26,7 @@ from finetune.parts.captioned import PictureData, load_pictures, prepared_folder
 from finetune.parts.stages import StageConversations
 from finetune.parts.trainer import CurveCallback, RunArguments, WeightAverage, WholeCheckpoints, write_results
 from finetune.precompute import precompute
-from finetune.training.checkpoints import last_complete_checkpoint
+from finetune.training.starts import train_part
 from modeling_pisces import PiscesForConditionalGeneration
 from pisces_commands.writing import whole_files
 
@@ -189,9 +189,8 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
         callbacks=[average, CurveCallback(average, None, run.eval_steps)],
     )
     checkpoints = Path(run.output) / "checkpoints"
-    last = last_complete_checkpoint(checkpoints) if run.resume else None
     torch.manual_seed(run.seed + arguments.process_index)  # each process draws noise of its own
-    trainer.train(resume_from_checkpoint=last)
+    train_part(trainer, f"train_stages {run.stage}", run, run.checkpoint)
     if not trainer.is_world_process_zero():
         return Path(run.output)
     average.swap()
@@ -200,7 +199,8 @@ def train_stage(run: StageArguments, keep_checkpoints: bool = False) -> Path:
     with whole_files(run.output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    final = {name: value for name, value in trainer.state.log_history[-2].items() if name.endswith("_loss")}
+    last = next(point for point in reversed(trainer.state.log_history) if "learning_rate" in point)
+    final = {name: value for name, value in last.items() if name.endswith("_loss")}
     write_results(run, f"train_stages {run.stage}", trainer.state.log_history, final)
     if not keep_checkpoints:
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -28,7 +28,8 @@ from transformers.masking_utils import sdpa_mask
 from finetune.flags.ranges import check_ranges
 from finetune.parts.captioned import PictureData, load_pictures
 from finetune.parts.pictures import collate_rows
-from finetune.training.checkpoints import last_complete_checkpoint, whole_or_nothing
+from finetune.training.checkpoints import whole_or_nothing
+from finetune.training.starts import train_part
 from pisces_commands.arguments import UsageError
 from pisces_commands.measurement import current_command, current_commit, describe_hardware
 from pisces_commands.writing import write_json, write_whole
@@ -263,9 +264,7 @@ def train(
         data_collator=collate_rows,
         callbacks=[average, curve],
     )
-    checkpoints = Path(run.output) / "checkpoints"
-    last = last_complete_checkpoint(checkpoints) if run.resume else None
-    trainer.train(resume_from_checkpoint=last)
+    train_part(trainer, type(run).__name__.removesuffix("Arguments"), run)
     average.swap()
     return trainer.state.log_history
 
