@@ -72,6 +72,7 @@ MEANINGFUL = {
     "audio": "Pictures only: leave the row out",
     "audios": "Pictures only: leave the row out",
 }
+ANSWERS = (*ALIASES["answer"], *ALIASES["output"])
 _NO_CAPTION = ("messages", "conversations", "texts", "question", "completion", "instruction")
 PICTURE_NAME = re.compile(r"image|img|pic|photo|bild|file|path|url", re.IGNORECASE)
 
@@ -160,6 +161,7 @@ class RowMaker:
         if not shown:
             raise DataError("image: found nothing, expected a picture for the caption")
         captions = _captions(fields.take("prompt"), len(shown))
+        fields.refuse_answers()
         rows = []
         for index, caption in enumerate(captions):
             name = f"{row_id}-{index}" if len(captions) > 1 else row_id
@@ -222,6 +224,20 @@ class _Fields:
             if name not in self.used and value not in (None, "", [], {}, "[]"):
                 raise DataError(
                     f"{name}: found {show(value)}, which is not read and changes what the row means. {advice}"
+                )
+
+    def refuse_answers(self) -> None:
+        """A picture with a text and an answer is no picture with a caption, whatever the text is called.
+
+        Raises:
+            DataError: with the columns that would make a question of it.
+        """
+        prompt = _name_in(self.record, "prompt")
+        for name in ANSWERS:
+            if self.record.get(name) not in (None, "", []):
+                raise DataError(
+                    f"{name}: found {show(self.record[name])} beside a picture and {prompt}, which is read as a caption "
+                    f"to draw. If it is a question, say so: columns: {{question: {prompt}, answer: {name}}}"
                 )
 
     def left_over(self) -> list[str]:

@@ -27,6 +27,7 @@ from finetune.parts.stages import DETAILED_REQUESTS, SHORT_REQUESTS
 from finetune.parts.whitening import whiten_output
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
 from modeling_pisces.configuration_pisces import read_generation_config
+from modeling_pisces.console.known_words import write_known_words
 from modeling_pisces.modeling_pisces_heads import GEN_HEADS
 from pisces_commands.arguments import COUNT, SEED, LineParser, whole_number
 from pisces_commands.writing import whole_files, write_json
@@ -234,8 +235,11 @@ def forget_paths(path: Path) -> None:
         write_json(path, clean(json.loads(path.read_text(encoding="utf-8"))), indent=2, ensure_ascii=True)
 
 
-def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
-    """Copy the last stage's checkpoint and the decoder's parts into one folder with both layouts."""
+def finish(checkpoint: Path, decoder: Path, output: Path, data: list[str] | None = None) -> None:
+    """Copy the last stage's checkpoint and the decoder's parts into one folder with both layouts.
+
+    With the data folder of the stages it also lists the words that the model was trained on, for `pisces draw`.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     from modeling_pisces.pipeline_pisces import PiscesPipeline
@@ -259,6 +263,8 @@ def finish(checkpoint: Path, decoder: Path, output: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
         settings.save_pretrained(folder)
         pipeline.save_pretrained(folder)
+        if data is not None:
+            write_known_words(folder, data_texts(load_pictures(data)))
         for path in sorted(folder.rglob("*.json")):
             forget_paths(path)
     files = sorted(path for path in output.rglob("*") if path.is_file())
@@ -299,6 +305,7 @@ def main() -> None:
     last = commands.add_parser("finish", help="a trained checkpoint and a trained decoder to one folder")
     for name in ("checkpoint", "decoder", "output"):
         last.add_argument(f"--{name}", type=Path, required=True)
+    last.add_argument("--data", nargs="+", help="data of the stages, whose words are listed for `pisces draw`")
     last.set_defaults(command=finish)
     arguments = vars(parser.parse_args())
     arguments.pop("command")(**arguments)

@@ -90,7 +90,8 @@ wait $second
 review
 
 step "finished folder" "$work/pisces-tiny/model_index.json" \
-    $python -m finetune.parts finish --checkpoint "$work/review" --decoder "$work/decoder" --output "$work/pisces-tiny"
+    $python -m finetune.parts finish --checkpoint "$work/review" --decoder "$work/decoder" --data "$work/scenes" \
+    --output "$work/pisces-tiny"
 for split in shown heldout; do
     step "score: $split" "$work/pisces-tiny-$split.json" \
         $python -m evaluation.scenes --model "$work/pisces-tiny" --data "$work/$split" --output "$work/pisces-tiny-$split.json"

@@ -32,6 +32,7 @@ from ..checkpoint.info import describe_checkpoint, format_checkpoint
 from ..checkpoint.loading import load_model, load_pipeline, quiet_libraries
 from ..hub.publish import publish
 from .contact_sheet import Section, Tile, make_contact_sheet
+from .known_words import KNOWN_WORDS, unknown_words
 from .pictures import OutputPlace, UsageError, find_pictures, first_usable
 
 
@@ -163,6 +164,8 @@ def _draw(args: argparse.Namespace, folder: Path) -> int:
         raise UsageError("the prompt is empty. Say what to draw.")
     if args.compare and not args.adapters:
         raise UsageError("--compare shows what an adapter changes: name one with --adapter FOLDER_OR_ID.")
+    if not args.adapters and (words := unknown_words(folder, args.prompts)):  # an adapter may have taught them
+        print(f"warning: {folder} knows none of: {', '.join(words)} ({folder / KNOWN_WORDS})", file=sys.stderr)
     place = OutputPlace(args.output, len(args.prompts) * args.num_images * (2 if args.compare else 1))
     pipeline, attached = _load(load_pipeline, args, folder)
     tiles: dict[str, list[Tile]] = {}

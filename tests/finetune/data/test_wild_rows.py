@@ -144,6 +144,8 @@ def test_records_are_read_as_their_owners_mean_them(record, rows):
         ({"system": ["a"], "conversations": [human("Hi"), gpt("a")]}, "system: found list .*, expected a text"),
         ({"system": "A", "messages": [{"role": "system", "content": "B"}, user("Hi"), says("a")]}, "system: found beside a system turn with other words"),
         ({"url": "https://example.invalid/a.png", "caption": "a"}, "is a URL, expected a file"),
+        ({"image": RED, "prompt": "What?", "answer": "Red"}, r"answer: found str 'Red' beside a picture and prompt, .*columns: {question: prompt, answer: answer}"),
+        ({"image": RED, "text": "What?", "response": "Red"}, r"response: found .*columns: {question: text, answer: response}"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_by_name(record, message):
