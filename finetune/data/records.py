@@ -236,8 +236,8 @@ class _Fields:
         for name in ANSWERS:
             if self.record.get(name) not in (None, "", []):
                 raise DataError(
-                    f"{name}: found {show(self.record[name])} beside a picture and {prompt}, which is read as a caption "
-                    f"to draw. If it is a question, say so: columns: {{question: {prompt}, answer: {name}}}"
+                    f"{name}: found {show(self.record[name])} beside a picture and {prompt}, which is read as a "
+                    f"caption to draw. If it is a question, say so: columns: {{question: {prompt}, answer: {name}}}"
                 )
 
     def left_over(self) -> list[str]:
