@@ -79,7 +79,7 @@ def train(model: str, data: Path, side: str, extra: str, folder: Path) -> dict[s
     if not record.is_file():
         rows = [f"{{path: {data / 'train' / f'{part}_{side}.jsonl'}, weight: 1}}" for part in ("concept", "replay")]
         others = str(data / "others")
-        flags = ["--model_name_or_path", model, "--output_dir", str(folder), "--data", *rows]
+        flags = ["--model_name_or_path", model, "--judge_rows", "0", "--output_dir", str(folder), "--data", *rows]
         flags += ["--guard_understanding", others, "--guard_drawing", others]
         settings = f"{FLAGS[side]} {QUIET} {extra}".strip()
         seconds = run(f"finetune.{RECIPES[side]}", *flags, *shlex.split(settings))
