@@ -53,7 +53,10 @@ def check_output(output: str | os.PathLike, overwrite: bool = False) -> None:
 # ---- what goes along unchanged --------------------------------------------------------------------------------------
 
 
-_LEFT_BEHIND = ("*.safetensors", "*.safetensors.index.json", "README.md", "provenance.json", "adapter_*", "known_words.txt")
+_LEFT_BEHIND = (
+    *("*.safetensors", "*.safetensors.index.json", "README.md", "provenance.json"),
+    *("adapter_*", "known_words.txt"),
+)
 _CARRIED_SUFFIXES = {".jinja", ".json", ".model", ".py", ".safetensors", ".txt"}
 
 
