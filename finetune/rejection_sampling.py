@@ -35,7 +35,7 @@ class RejectionArguments(BestOfNArguments):
     threshold: float = field(metadata={"help": "the score that a picture must reach to be trained on"})
     rounds: int = field(default=2, metadata={"help": "rounds of drawing and training"})
     sft_config: str = field(
-        default="finetune/configs/lora_generation.yaml", metadata={"help": "YAML of the lora_generation runs"}
+        default="finetune/configs/rejection_sampling_sft.yaml", metadata={"help": "YAML of the lora_generation runs"}
     )
     output: str = field(metadata={"help": "folder; ROUND/drawings and ROUND/adapter go into it"})
 

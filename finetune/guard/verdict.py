@@ -25,7 +25,7 @@ from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sh
 
 logger = logging.get_logger(__name__)
 
-MAX_COMPARED = 1000  # pictures that a drawing is compared with
+MAX_COMPARED = 500  # pictures that a drawing is compared with
 MAX_SHOWN = 8
 LEARNED_SHARE = 0.3  # of trained captions whose own picture is nearest; less is called not learned
 WITHIN_DB = 2.0

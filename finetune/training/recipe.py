@@ -60,6 +60,10 @@ class RecipeArguments(GuardArguments):
 class DrawingArguments(RecipeArguments):
     """Flags of the recipes that learn to draw."""
 
+    min_steps: int = field(
+        default=0,
+        metadata={"help": "train at least so many steps, if --num_train_epochs gives fewer; --max_steps goes before"},
+    )
     gen_input_noise: float = field(
         default=0.1,
         metadata={"help": "noise on the vectors read back while training, so that errors while drawing do not add up"},

@@ -5,6 +5,7 @@ optimizer's state, which is of no use to others and no safetensors.
 """
 
 import json
+import math
 import platform
 import shlex
 import sys
@@ -57,6 +58,7 @@ class RunStart(NamedTuple):
     base: tuple[str, str | None]
     data: Any
     resume: bool
+    length: dict[str, float]
 
 
 def begin_run(
@@ -75,11 +77,13 @@ def begin_run(
     folder = training.output_dir
     settings = meaning_of(recipe, training, adapter)
     base = identify_base(str(adapter.model_name_or_path), adapter.model_revision)
-    start = RunStart(name, settings, base, recipe.data, recipe.resume)
+    length = {name: getattr(training, name) for name in ("max_steps", "num_train_epochs")}
+    length["min_steps"] = getattr(recipe, "min_steps", 0)
+    start = RunStart(name, settings, base, recipe.data, recipe.resume, length)
     if not recipe.resume:
         return start
     check_start(folder, name, settings, base)
-    steps = finished_steps(folder, training.max_steps, training.num_train_epochs)
+    steps = finished_steps(folder, start.length)
     if steps is None or recipe.dry_run:
         return start
     print(
@@ -97,10 +101,19 @@ def train_run(trainer: Trainer, start: RunStart, rows: Rows) -> None:
     Raises:
         ValueError: the folder was begun with other data.
     """
-    recipe, settings, base, data, resume = start
+    recipe, settings, base, data, resume, length = start
+    if trainer.args.max_steps <= 0 < length["min_steps"]:
+        steps = math.ceil(trainer.args.num_train_epochs * steps_per_epoch(trainer))
+        trainer.args.max_steps = int(length["min_steps"]) if steps < length["min_steps"] else -1
     command = command_line(recipe, sys.argv[1:])
-    keep_start(trainer.args.output_dir, recipe, settings, base, (data, rows.identity), command, anew=not resume)
+    keep_start(trainer.args.output_dir, recipe, settings, base, (data, rows.identity), command, not resume, length)
     train(trainer, resume)
+
+
+def steps_per_epoch(trainer: Trainer) -> int:
+    """Optimizer steps of one pass over the rows that are trained, over all processes."""
+    batches = len(trainer.get_train_dataloader())  # of this process
+    return max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
 
 
 def save_run(

@@ -33,8 +33,8 @@ STARTED_FILE = "started.json"
 # What may change from start to start, by the beginning of its name: length, saving, logging, watching, pushing, and
 # where and how fast it is computed.
 MAY_CHANGE = (
-    "max_steps", "num_train_epochs", "save_", "logging_", "log_", "eval_", "do_", "report_to", "run_name", "project",
-    "trackio", "hub_", "push_to_hub", "base_model_id", "output", "results", "heldout", "resume", "dry_run", "guard_",
+    "max_steps", "min_steps", "num_train_epochs", "save_", "logging_", "log_", "eval_", "do_", "report_to",
+    "run_name", "project", "trackio", "hub_", "push_to_hub", "base_model_id", "output", "results", "heldout", "resume", "dry_run", "guard_",
     "judge_", "picture_cache", "dataloader_", "num_workers", "ddp_", "fsdp", "deepspeed", "parallelism",
     "accelerator_config",
     "torch_compile", "use_cpu", "bf16", "fp16", "tf32", "gradient_checkpointing", "activation_", "attn_implementation",
@@ -96,6 +96,7 @@ def keep_start(
     data: tuple[Any, str | None],
     command: str,
     anew: bool = False,
+    length: Mapping[str, float] | None = None,
 ) -> None:
     """Write `started.json`, or check the data against it and list this start there; the last step before training.
 
@@ -103,6 +104,7 @@ def keep_start(
         folder, recipe, settings, base: as for `check_start`.
         data: what the user named, and the rows' identity from `identify_rows`; None for a stream.
         command: of this start, for the list.
+        length: "max_steps", "num_train_epochs" and "min_steps" as asked for, for `finished_steps`.
         anew: `--resume False`: the run begins again, and what an earlier one left to resume from is removed.
 
     Raises:
@@ -118,7 +120,7 @@ def keep_start(
         return
     if anew:
         _remove_checkpoints(folder)
-    start = {"command": command, "commit": current_commit()}
+    start = {"command": command, "commit": current_commit(), "length": dict(length or {})}
     content = {
         "recipe": recipe,
         "settings": dict(settings),
@@ -162,22 +164,22 @@ def _remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def finished_steps(folder: str | Path, max_steps: int, num_epochs: float) -> int | None:
+def finished_steps(folder: str | Path, length: Mapping[str, float]) -> int | None:
     """How many steps a finished run has, if what is asked for now needs no more; None if there is something to train.
 
     Args:
         folder: of the run.
-        max_steps: asked for; below 1 the epochs count.
-        num_epochs: asked for.
+        length: "max_steps" (below 1 the others count), "num_train_epochs" and "min_steps", as asked for now.
     """
     record = read_record(folder)
     if not record or "steps" not in record or not (Path(folder) / "adapter_model.safetensors").is_file():
         return None
-    if max_steps > 0:
-        return record["steps"] if record["steps"] >= max_steps else None
-    before = record["settings"]["training"]
-    done = before["max_steps"] <= 0 and before["num_train_epochs"] >= num_epochs
-    return record["steps"] if done else None
+    if length["max_steps"] > 0:
+        return record["steps"] if record["steps"] >= length["max_steps"] else None
+    before = record["starts"][-1]["length"]
+    if before.get("max_steps", 1) > 0 or record["steps"] < length["min_steps"]:
+        return None
+    return record["steps"] if before["num_train_epochs"] >= length["num_train_epochs"] else None
 
 
 def train(trainer: Trainer, resume: bool = True) -> None:
@@ -204,6 +206,8 @@ def identify_base(name: str, revision: str | None = None) -> tuple[str, str | No
     A folder's files are read once (seconds for each 8 GiB).
     """
     name = str(name)
+    if not PartialState().is_main_process:  # one process judges for all
+        return name, None
     if Path(name).is_dir():
         weights = sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".bin"))
         return name, f"sha256 {_hash_files(weights)}" if weights else None

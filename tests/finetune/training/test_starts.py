@@ -184,3 +184,16 @@ def test_rows_are_told_apart_by_words_pictures_and_what_is_learned(tmp_path):
 
 def test_a_base_that_cannot_be_told_from_others_is_no_reason_to_refuse(tmp_path):
     assert identify_base(str(tmp_path)) == (str(tmp_path), None)
+
+
+def test_a_few_rows_get_as_many_steps_as_the_floor_says(start, data, tmp_path):
+    words = ("--num_train_epochs", "1", "--min_steps", "5")
+    trainer = lora_generation.main(flags(start, data, tmp_path / "few", *words))
+    assert trainer.state.global_step == 5  # three without a floor
+    before = (tmp_path / "few/run.yaml").read_bytes()
+    assert lora_generation.main(flags(start, data, tmp_path / "few", *words)) is None
+    assert (tmp_path / "few/run.yaml").read_bytes() == before
+    words = ("--num_train_epochs", "2", "--min_steps", "5")  # six steps are more than the floor
+    assert lora_generation.main(flags(start, data, tmp_path / "few", *words)).state.global_step == 6
+    words = ("--max_steps", "1", "--min_steps", "5")
+    assert lora_generation.main(flags(start, data, tmp_path / "one", *words)).state.global_step == 1
