@@ -34,13 +34,13 @@ STARTED_FILE = "started.json"
 # where and how fast it is computed.
 MAY_CHANGE = (
     "max_steps", "min_steps", "num_train_epochs", "save_", "logging_", "log_", "eval_", "do_", "report_to",
-    "run_name", "project", "trackio", "hub_", "push_to_hub", "base_model_id", "output", "results", "heldout", "resume", "dry_run", "guard_",
-    "judge_", "picture_cache", "dataloader_", "num_workers", "ddp_", "fsdp", "deepspeed", "parallelism",
-    "accelerator_config",
-    "torch_compile", "use_cpu", "bf16", "fp16", "tf32", "gradient_checkpointing", "activation_", "attn_implementation",
-    "include_", "disable_tqdm", "debug", "skip_memory_metrics", "enable_jit_checkpoint", "load_best_model_at_end",
-    "metric_for_best_model", "greater_is_better", "trust_remote_code", "restore_callback_states", "local_rank",
-    "torch_empty_cache_steps", "use_liger_kernel", "ignore_data_skip", "average_tokens_across_devices",
+    "run_name", "project", "trackio", "hub_", "push_to_hub", "base_model_id", "output", "results", "heldout",
+    "resume", "dry_run", "guard_", "judge_", "picture_cache", "dataloader_", "num_workers", "ddp_", "fsdp",
+    "deepspeed", "parallelism", "accelerator_config", "torch_compile", "use_cpu", "bf16", "fp16", "tf32",
+    "gradient_checkpointing", "activation_", "attn_implementation", "include_", "disable_tqdm", "debug",
+    "skip_memory_metrics", "enable_jit_checkpoint", "load_best_model_at_end", "metric_for_best_model",
+    "greater_is_better", "trust_remote_code", "restore_callback_states", "local_rank", "torch_empty_cache_steps",
+    "use_liger_kernel", "ignore_data_skip", "average_tokens_across_devices",
 )  # fmt: skip
 # Compared by what they name, not by their names
 IDENTITIES = ("model_name_or_path", "model_revision", "checkpoint", "data")
