@@ -320,13 +320,13 @@ def test_fewer_pictures_than_a_batch_are_refused(tmp_path):
 
 
 def test_a_part_goes_on_as_it_began_or_says_why_not(scenes, tmp_path):
-    run_recipe(vision, scenes, tmp_path, "4", "--save_steps", "2", *SMALL_TOWER)
+    run_recipe(vision_recipe, scenes, tmp_path, "4", "--save_steps", "2", *SMALL_TOWER)
     weights, losses = load_file(tmp_path / "model.safetensors"), losses_of(tmp_path)
     with pytest.raises(ValueError, match=r"was begun with other settings: learning_rate 0\.003, now 0\.001\."):
-        run_recipe(vision, scenes, tmp_path, "6", "--learning_rate", "0.001", *SMALL_TOWER)
+        run_recipe(vision_recipe, scenes, tmp_path, "6", "--learning_rate", "0.001", *SMALL_TOWER)
     with pytest.raises(ValueError, match="seed 0, now 1"):
-        run_recipe(vision, scenes, tmp_path, "6", "--seed", "1", *SMALL_TOWER)
-    run_recipe(vision, scenes, tmp_path, "4", "--save_steps", "3", *SMALL_TOWER)  # nothing is left to train
+        run_recipe(vision_recipe, scenes, tmp_path, "6", "--seed", "1", *SMALL_TOWER)
+    run_recipe(vision_recipe, scenes, tmp_path, "4", "--save_steps", "3", *SMALL_TOWER)  # nothing is left to train
     assert losses_of(tmp_path) == losses
     again = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in weights.items())
