@@ -185,13 +185,14 @@ def _shown(path: Path, is_changed: bool, seed: int) -> Image.Image:
     return to_image(shift_and_scale(to_tensor(image)[None], generator, CHANGE)[0])
 
 
-def names_summary(rows: Sequence[dict[str, Any]], style: str) -> dict[str, Any]:
-    """Top-1 and top-5 of the name, and the share of drawings in the vendor's style."""
-    return {
-        "top1": share(row["top1"] for row in rows),
-        "top5": share(row["top5"] for row in rows),
-        "style": share(row["style"] == style for row in rows),
-    }
+def names_summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Top-1 and top-5 of the name."""
+    return {name: share(row[name] for row in rows) for name in ("top1", "top5")}
+
+
+def style_summary(rows: Sequence[dict[str, Any]], styles: Sequence[str]) -> dict[str, Any]:
+    """In whose style the drawings are: the share of each vendor that the judge knows."""
+    return {"style": {style: share(row["style"] == style for row in rows) for style in styles}}
 
 
 def composition_summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -261,7 +262,6 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     trained = choose(pick["train"], options.num_pictures, options.seed)
     heldout = choose(pick["heldout"], options.num_pictures, options.seed, each_name_once=False)
     unseen = choose(pick["concepts"], options.num_pictures, options.seed)
-    style = facts[0]["vendor"]
 
     drawn, composed = run.draw("drawing_trained", trained), run.draw("drawing_heldout", heldout)
     again = {
@@ -289,8 +289,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     results = {
         "benchmark": "emoji",
         "model": options.model,
-        "drawing_trained": names_summary(drawn, style),
-        "drawing_heldout": composition_summary(composed) | {"style": share(row["style"] == style for row in composed)},
+        "drawing_trained": names_summary(drawn) | style_summary(drawn, judge.labels.styles),
+        "drawing_heldout": composition_summary(composed) | style_summary(composed, judge.labels.styles),
         "drawing_heldout_at_most": {
             "real": composition_summary(real),
             "reconstruction": composition_summary(again["heldout"]),

@@ -74,7 +74,7 @@ def write_data(options: argparse.Namespace) -> dict[str, int]:
         facts = [_truth(emoji, split[emoji.code], options) for emoji in pictures]
         _write_lines(folder / "truth" / "pictures.jsonl", facts)
         text = ATTRIBUTION.format(pictures=VENDORS[options.vendor], vendor=options.vendor, size=options.size)
-        (folder / "LICENSE").write_text(text, encoding="utf-8")
+        (folder / "LICENSE").write_text(text, encoding="utf-8", newline="\n")
     return {name: sum(split[emoji.code] == name for emoji in pictures) for name in SPLITS}
 
 
@@ -166,7 +166,7 @@ def _truth(emoji: Emoji, split: str, options: argparse.Namespace) -> dict[str, A
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -122,7 +122,11 @@ def run(data, knows, tmp_path, monkeypatch, picture_of=None, answer_of=perfect_a
 
 def test_a_perfect_model_has_full_marks_everywhere(data, knows, tmp_path, monkeypatch):
     found, pipeline = run(data, knows, tmp_path, monkeypatch)
-    assert [found["drawing_trained"][name]["value"] for name in ("top1", "top5", "style")] == [1, 1, 1]
+    assert [found["drawing_trained"][name]["value"] for name in ("top1", "top5")] == [1, 1]
+    assert {name: part["value"] for name, part in found["drawing_heldout"]["style"].items()} == {
+        "google": 1,
+        "twitter": 0,
+    }
     heldout = [row for row in read_truth(data / "google") if row["split"] == "heldout"]
     for part in ("concept", "attribute", "both"):
         assert found["drawing_heldout"][part]["all"] == {
@@ -176,7 +180,9 @@ def test_something_else_in_the_right_color_is_attribute_without_concept(data, kn
 def test_another_vendors_drawing_is_another_style(data, knows, tmp_path, monkeypatch):
     rows = {row["title"]: data / "twitter" / row["image"] for row in read_truth(data / "twitter")}
     found = run(data, knows, tmp_path, monkeypatch, lambda title: load_image(rows[title]))[0]
-    assert found["drawing_trained"]["style"]["value"] == 0 and found["drawing_trained"]["top1"]["value"] == 1
+    assert (
+        found["drawing_trained"]["style"]["twitter"]["value"] == 1 and found["drawing_trained"]["top1"]["value"] == 1
+    )
 
 
 def test_wrong_answers_count_under_their_type(data, knows, tmp_path, monkeypatch):
