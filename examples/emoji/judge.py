@@ -166,7 +166,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         "seconds": round(time.monotonic() - start, 1),
     }
     with whole_folder(options.output) as folder:
-        judge.save(folder, facts)
+        judge.write_into(folder, facts)
     shutil.rmtree(work)
     return accuracy
 

@@ -109,7 +109,7 @@ class Judge(nn.Module):
             rows.append(row)
         return rows
 
-    def save(self, folder: Path, facts: dict[str, Any]) -> None:
+    def write_into(self, folder: Path, facts: dict[str, Any]) -> None:
         """`judge.safetensors` and `judge.json`: weights, labels, and what is known about them."""
         save_file(
             {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "judge.safetensors"

@@ -247,7 +247,7 @@ def test_the_shipped_checkpoint_is_scored_from_end_to_end(data, tmp_path):
     labels = collect_labels([row for vendor in ("google", "twitter") for row in read_truth(data / vendor)])
     torch.manual_seed(0)
     (tmp_path / "judge").mkdir()
-    Judge(labels).save(tmp_path / "judge", {"accuracy": {}})
+    Judge(labels).write_into(tmp_path / "judge", {"accuracy": {}})
     flags = f"--model pisces-tiny --judge {tmp_path / 'judge'} --data {data / 'google'} --output {tmp_path / 'r.json'}"
     evaluate.main([*flags.split(), "--num_pictures", "2", "--steps", "2", "--batch_size", "2"])
     found = json.loads((tmp_path / "r.json").read_text())
