@@ -101,16 +101,15 @@ class Report:
         wanted = sorted({(-entry[1], -entry[2]) for nearest in self.near.values() for entry in nearest})
         images = load_examples(self.index, wanted)
         sections = []
-        for (limit, is_kept), _ in sorted(self.near.items(), key=lambda item: (LIMITS.index(item[0][0]), item[0][1])):
+        for limit, is_kept in sorted(self.near, key=lambda side: (LIMITS.index(side[0]), side[1])):
             tiles = [
                 Tile(images[-shard, -place], f"{limit.column} {value:.4g}")
                 for _, shard, place, value in sorted(self.near[limit, is_kept], reverse=True)
                 if (-shard, -place) in images
             ]
             side = "kept" if is_kept else "dropped"
-            sections.append(
-                Section(f"{limit.column}, {side}: threshold {self.bounds[limit]:.4g} ({limit.unit})", tiles)
-            )
+            title = f"{limit.column}, {side}: threshold {self.bounds[limit]:.4g} ({limit.unit})"
+            sections.append(Section(title, tiles))
         return sections
 
 
