@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curation_faults import plant
+from benchmarks.curation_faults import Scenes, plant, shaded_photo
 from curation.records.scanning import run_scan
 from curation.records.sources import list_pictures
 from curation.rules.benchmarks import contamination_settings, run_contamination
@@ -291,13 +291,12 @@ def measure_speed(folder: Path, count: int = 1500, pairs: int = 3) -> dict[str, 
 
 
 def _make_pictures(folder: Path, kind: str, count: int) -> None:
-    from benchmarks.curation_faults import shaded_photo
-    from finetune.scenes.render import make_row
-
     folder.mkdir(parents=True)
+    if "PNG" in kind:
+        scenes = Scenes(folder.with_suffix(".scenes"), count, seed=9)
     for number in range(count):
         if "PNG" in kind:
-            make_row(number, 9, "train", size=256)[1].save(folder / f"{number:06d}.png")
+            scenes.picture(number).save(folder / f"{number:06d}.png")
         else:
             shaded_photo(number, 1024).save(folder / f"{number:06d}.jpg", quality=90)
 

@@ -7,13 +7,13 @@ collected pictures. What was done to each row is returned, and is written nowher
 import io
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-
-from finetune.scenes.render import make_row
 
 
 SIDE = 256
@@ -45,6 +45,7 @@ def plant(folder: Path, count: int, seed: int = 0) -> dict[str, dict[str, Any]]:
     kinds: list[str | None] = [*faults, *([None] * (count - len(faults)))]
     num_plain = kinds.count(None)
     rng.shuffle(kinds)
+    scenes = Scenes(folder / "scenes", count, seed=5)
     train = folder / "train"
     (train / "images").mkdir(parents=True)
     benchmark = _write_benchmark(folder / "benchmark", max(kinds.count("held-out picture"), 20))
@@ -54,7 +55,7 @@ def plant(folder: Path, count: int, seed: int = 0) -> dict[str, dict[str, Any]]:
     for number, kind in enumerate(kinds):
         id = f"{number:06d}"
         original = next(originals) if kind in COPIES else None
-        content, ending, caption = _make(number if original is None else original, kind, rng)
+        content, ending, caption = _make(scenes, number if original is None else original, kind, rng)
         if kind == "held-out picture":
             content = _encode(next(held_out), "JPEG", quality=75) if number % 2 else _encode(next(held_out), "PNG")
             ending = "jpg" if number % 2 else "png"
@@ -73,10 +74,29 @@ def plant(folder: Path, count: int, seed: int = 0) -> dict[str, dict[str, Any]]:
     return truth
 
 
-def _make(number: int, kind: str | None, rng: random.Random) -> tuple[bytes, str, str]:
+class Scenes:
+    """Rendered scenes by number: picture and detailed caption. The first ones of a longer folder are the same."""
+
+    def __init__(self, folder: Path, count: int, seed: int, split: str = "train"):
+        command = [sys.executable, "-m", "finetune.scenes", "--output", str(folder), "--num_scenes", str(count)]
+        command += ["--size", str(SIDE), "--seed", str(seed), "--split", split]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        self.folder = folder
+        self.rows = [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
+
+    def picture(self, number: int) -> Image.Image:
+        with Image.open(self.folder / self.rows[number]["image"]) as image:
+            return image.convert("RGB")
+
+    def caption(self, number: int) -> str:
+        return self.rows[number]["captions"][-1]
+
+
+def _make(scenes: Scenes, number: int, kind: str | None, rng: random.Random) -> tuple[bytes, str, str]:
     """File, ending and caption of one row."""
-    row, image = make_row(number, 5, "train", size=SIDE)
-    caption = row["captions"][-1]
+    image, caption = scenes.picture(number), scenes.caption(number)
+    if kind in (None, "exact copy", "swapped caption", "benchmark prompt"):
+        return (scenes.folder / scenes.rows[number]["image"]).read_bytes(), "png", caption
     if kind == "JPEG q50":
         return _encode(image, "JPEG", quality=50), "jpg", caption
     if kind == "half size":
@@ -102,12 +122,13 @@ def _encode(image: Image.Image, format: str, **options: Any) -> bytes:
 def _write_benchmark(folder: Path, count: int) -> dict[str, list]:
     """Scenes of the held-out split: pictures that nobody may train on, and their detailed descriptions as prompts."""
     (folder / "pictures").mkdir(parents=True)
-    made = [make_row(number, 1, "heldout", size=SIDE) for number in range(count)]
-    for number, (_, image) in enumerate(made):
+    scenes = Scenes(folder / "scenes", count, seed=1, split="heldout")
+    pictures = [scenes.picture(number) for number in range(count)]
+    for number, image in enumerate(pictures):
         image.save(folder / "pictures" / f"{number:06d}.png")
-    prompts = [row["captions"][-1] for row, _ in made]
+    prompts = [scenes.caption(number) for number in range(count)]
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    return {"pictures": [image for _, image in made], "prompts": prompts}
+    return {"pictures": pictures, "prompts": prompts}
 
 
 def shaded_photo(seed: int, side: int) -> Image.Image:

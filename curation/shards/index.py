@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from curation.shards.tables import count_rows, read_table
+from curation.shards.tables import count_rows, read_rows
 from pisces_commands.writing import write_json
 
 
@@ -141,10 +141,7 @@ class Index:
         rows: list[dict[str, Any]] = []
         for stage in self.before(before):
             path = self.path(stage, number)
-            table = read_table(path)
-            if columns is not None:
-                table = table.select([name for name in table.column_names if name in (*columns, "rule", "detail")])
-            found = table.to_pylist() if table.num_columns else [{}] * table.num_rows
+            found = read_rows(path, None if columns is None else (*columns, "rule", "detail"))
             rows = rows or [{"rule": None, "detail": None} for _ in found]
             if len(rows) != len(found):
                 raise ValueError(f"{path}: {len(found)} rows, expected {len(rows)}. Delete it and run {stage} again.")

@@ -42,6 +42,19 @@ def make_table(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=schema)
 
 
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a table, with those of `columns` that it has.
+
+    Raises:
+        ValueError: as `read_table`.
+    """
+    num_rows = count_rows(path)
+    if columns is None:
+        return read_table(path).to_pylist()
+    known = [name for name in pq.read_schema(path).names if name in columns]
+    return read_table(path, known).to_pylist() if known else [{} for _ in range(num_rows)]
+
+
 def count_rows(path: Path) -> int:
     """Rows of a table, from its footer.
 

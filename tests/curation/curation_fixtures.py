@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import yaml
 from PIL import Image, ImageDraw
 
@@ -57,3 +58,8 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def column_of(export: Path, name: str) -> list:
+    """A column of an exported training set, in the order of its shards."""
+    return [value for path in sorted(export.glob("data/*.parquet")) for value in pq.read_table(path)[name].to_pylist()]

@@ -13,7 +13,7 @@ import pytest
 from curation.run import main as run
 from curation.shards.index import Index
 from curation.shards.runner import Workers, parse_part, run_tasks
-from modeling_pisces.command_ending_pisces import CommandFailed
+from pisces_commands.ending import CommandFailed
 from tests.curation.curation_fixtures import encode, photo, tree, write_collection, write_config
 
 
@@ -128,7 +128,7 @@ def end_at_once(number):
 
 @pytest.mark.slow
 def test_a_worker_process_that_is_killed_ends_the_run_with_a_sentence():
-    with pytest.raises(CommandFailed, match="a worker process was killed, .* finished shards are kept"):
+    with pytest.raises(CommandFailed, match=r"a worker process was killed, .* finished shards are kept"):
         run_tasks(end_at_once, [(n,) for n in range(6)], Workers(processes=2), "test")
 
 

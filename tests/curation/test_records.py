@@ -13,9 +13,7 @@ from curation.export import main as export
 from curation.scan import main as scan
 from curation.shards.index import Index
 from finetune.check_data import main as check_data
-from finetune.data_loaders import load_data
-from finetune.data_schema import side_of
-from tests.curation.curation_fixtures import encode, photo, tree, write_collection
+from tests.curation.curation_fixtures import column_of, encode, photo, tree, write_collection
 
 
 def rows_of(tmp_path, *paths, flags=()):
@@ -127,11 +125,17 @@ def test_conversations_questions_and_texts_are_exported_as_they_were(tmp_path, c
         assert export([*command, "--processes", "1"]) == 0
         capsys.readouterr()
         assert check_data(["--data", str(tmp_path / format), "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["sources"][0]["num_rows"] == 5
-    data = load_data(str(tmp_path / "parquet"))
-    sides = [side_of(data[n]) for n in range(5)]
-    assert sides == ["understanding", "understanding", "understanding", "text", "generation"]
-    assert [part["type"] for part in data[1]["messages"][0]["content"]] == ["image", "text", "image", "text"]
+        found = json.loads(capsys.readouterr().out)["sources"][0]
+        assert found["num_rows"] == 5 and not found["bad_records"]
+        assert found["sides"] | {} == {
+            **dict.fromkeys(found["sides"], 0),
+            "understanding": 3,
+            "text": 1,
+            "generation": 1,
+        }
+    turns = column_of(tmp_path / "parquet", "messages")
+    assert turns[1][0] == {"role": "user", "content": "<image> and <image>?"}
+    assert [len(pictures) for pictures in column_of(tmp_path / "parquet", "images")] == [1, 2, 1, 0, 1]
 
 
 @pytest.mark.parametrize(

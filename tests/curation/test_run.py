@@ -15,8 +15,7 @@ import pytest
 from curation.run import main as run
 from curation.shards.index import Index
 from finetune.check_data import main as check_data
-from finetune.data.load import load_data
-from tests.curation.curation_fixtures import encode, photo, tree, write_collection, write_config
+from tests.curation.curation_fixtures import column_of, encode, photo, tree, write_collection, write_config
 
 
 ROOT = Path(__file__).parents[2]
@@ -49,9 +48,7 @@ def test_a_collection_becomes_a_training_set_that_finetune_reads_without_a_flag(
     assert "9 of 13 rows exported" in capsys.readouterr().out
     assert check_data(["--data", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sources"][0]["num_rows"] == 9
-    rows = load_data(str(tmp_path / "out"))
-    drawn = {row["messages"][0]["content"][0]["text"] for row in (rows[n] for n in range(len(rows)))}
-    assert drawn == {f"a picture called good{n}" for n in range(9)}
+    assert column_of(tmp_path / "out", "caption") == [f"a picture called good{n}" for n in range(9)]
 
 
 def test_rejected_rows_are_kept_with_the_rule_the_number_and_the_picture_that_stays(tmp_path, collection):

@@ -16,8 +16,8 @@ from curation.filter import main as filter_
 from curation.report import main as report
 from curation.scan import main as scan
 from curation.shards.index import Index
-from finetune.data_loaders import load_data
-from tests.curation.curation_fixtures import encode, photo, write_collection, write_config
+from finetune.check_data import main as check_data
+from tests.curation.curation_fixtures import column_of, encode, photo, write_collection, write_config
 
 
 def scanned(tmp_path, pictures, captions=None):
@@ -231,8 +231,8 @@ def test_captions_of_a_server_are_checked_and_exported_with_who_wrote_them(tmp_p
     assert body["model"] == "words-7b" and body["temperature"] == 0
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert export([*index, "--output", str(tmp_path / "out"), "--processes", "1", "--keep_short", "0"]) == 0
-    data = load_data(str(tmp_path / "out"))
-    words = [data[n]["messages"][0]["content"][0]["text"] for n in range(6)]
+    assert check_data(["--data", str(tmp_path / "out")]) == 0
+    words = column_of(tmp_path / "out", "caption")
     assert words[0] == "a red boat on a lake." and words[1] == "a picture called 1"
 
 
