@@ -147,7 +147,7 @@ def measure_agreement(folder: Path, truth: dict[str, dict], count: int) -> dict[
     }
 
 
-AGREEMENT = -4.0
+AGREEMENT = 1.0  # nats; the score of a right caption was 1.9 or more for 95 of 100 pictures of another seed
 
 
 # ---- stopping

@@ -15,8 +15,9 @@ from PIL import Image
 from modeling_pisces.checkpoint.loading import load_model, quiet_libraries
 
 
-REQUEST = "describe the picture."
+REQUEST = "describe the picture in detail."
 GREY = (128, 128, 128)
+OTHERS = (1, 3, 7)  # places from a picture to those that it is compared with
 
 
 class PiscesJudge:
@@ -29,16 +30,22 @@ class PiscesJudge:
 
     @torch.no_grad()
     def agreement(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
-        """How much more likely a text is beside its picture than beside a grey one: the worst word decides.
+        """How much more likely each text is beside its picture than beside a grey one and three others of the list.
+
+        Style and length are as likely beside any picture, so that only what the picture decides is left.
 
         Returns:
-            per pair, the smallest difference of log-probability over the words of the text, in nats; about 0 or more
-            for a text that fits, far below 0 where one word contradicts the picture.
+            per pair, the mean difference of log-probability over the tokens of the text, nats; about 0 for a text that
+            has nothing to do with its picture.
         """
-        seen, labels = self._log_probabilities(images, texts)
-        blind, _ = self._log_probabilities([Image.new("RGB", image.size, GREY) for image in images], texts)
-        difference = (seen - blind).masked_fill(~labels, 0.0)
-        return [round(float(value), 4) for value in difference.amin(1)]
+        seen, is_text = self._log_probabilities(images, texts)
+        others = [[Image.new("RGB", image.size, GREY) for image in images]]
+        others += [[*images[shift:], *images[:shift]] for shift in OTHERS if shift < len(images)]
+        blind = torch.stack([self._log_probabilities(other, texts)[0] for other in others])
+        # the grey picture weighs as much as all the others: one of those may happen to fit
+        reference = (blind[0] + blind[1:].mean(0)) / 2 if len(blind) > 1 else blind[0]
+        difference = (seen - reference).masked_fill(~is_text, 0.0).sum(1) / is_text.sum(1).clamp(min=1)
+        return [round(float(value), 4) for value in difference]
 
     def _log_probabilities(self, images, texts) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T - 1) log-probability of each next token, and whether it belongs to the text."""

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from curation.models.dual import kind_of, load_dual, load_head, rate
+from curation.models.dual import KINDS, kind_of, load_dual, load_head, rate
 from curation.models.pisces import digest_of, load_judge
 from curation.models.server import ChatServer
 from curation.records.reading import read_shard
@@ -45,6 +45,10 @@ def identities(groups: dict[str, dict[str, Any]]) -> dict[str, str]:
             if group == "questions" and kind != "pisces":
                 raise ValueError(
                     f"questions: {model} is a {kind}; a Pisces checkpoint or a server can answer questions."
+                )
+            if group == "aesthetics" and kind not in KINDS:
+                raise ValueError(
+                    f"aesthetics: {model} is a {kind}; a head is made for the vectors of a CLIP or SigLIP."
                 )
             found[model] = identity(model)
     return found

@@ -36,7 +36,8 @@ def measure(image: Image.Image) -> dict[str, Any]:
 
 def thumbnail(image: Image.Image, side: int = THUMB_SIDE) -> NDArray[np.uint8]:
     """(side, side, 3), RGB, uint8: means of areas, whatever the shape of the picture."""
-    return np.asarray(image.resize((side, side), Image.Resampling.BOX, reducing_gap=2.0))
+    # a gap of 8: whole pixels are averaged first where the picture is large, which costs little and moves little
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX, reducing_gap=8.0))
 
 
 @cache
@@ -51,7 +52,7 @@ MIRROR = np.where(np.arange(8) % 2, -1.0, 1.0)[None]  # a picture seen in a mirr
 
 def dct_of(grey: Image.Image) -> NDArray[np.float64]:
     """(8, 8) lowest waves of a grey picture, those of Zauner's pHash as `imagehash.phash` computes it."""
-    small = np.asarray(grey.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=3.0), dtype=np.float64)
+    small = np.asarray(grey.resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=8.0), dtype=np.float64)
     # rounded: of a picture of one colour only noise of the sums would be left, and its hash would be chance
     return np.round(_cosines() @ small @ _cosines().T, 3)
 

@@ -25,7 +25,8 @@ def photo(seed: int, size: tuple[int, int] = (96, 72)) -> Image.Image:
         x, y = randoms.randrange(size[0]), randoms.randrange(size[1])
         color = tuple(randoms.randrange(256) for _ in range(3))
         draw.ellipse((x - 9, y - 9, x + 9, y + 9), fill=color)
-    return image
+    grain = rng.normal(0, 6, (size[1], size[0], 1))  # as sensors have it; without it all of them would be blurred
+    return Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:

@@ -45,6 +45,7 @@ def test_each_configuration_is_known_and_says_the_unit_and_source_of_its_thresho
             assert re.search(r"# .{10,}", line), line
 
 
+@pytest.mark.slow
 def test_the_page_can_be_followed_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     raw = {f"{n}.png": encode(photo(n, (640, 520))) for n in range(4)}

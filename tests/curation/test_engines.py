@@ -76,7 +76,9 @@ def ray(monkeypatch):
 
 
 def command(tmp_path, name, *flags):
-    raw = write_collection(tmp_path / "raw", {f"{n}.png": encode(photo(n)) for n in range(9)})
+    raw = tmp_path / "raw"
+    if not raw.exists():  # written once: a file with another time is another file
+        write_collection(raw, {f"{n}.png": encode(photo(n)) for n in range(9)})
     config = write_config(tmp_path / "config.yaml")
     paths = ["--config", str(config), "--data", str(raw), "--output", str(tmp_path / name)]
     return [*paths, "--rows_per_shard", "2", *flags]
