@@ -47,9 +47,7 @@ def identities(groups: dict[str, dict[str, Any]]) -> dict[str, str]:
                     f"questions: {model} is a {kind}; a Pisces checkpoint or a server can answer questions."
                 )
             if group == "aesthetics" and kind not in KINDS:
-                raise ValueError(
-                    f"aesthetics: {model} is a {kind}; a head is made for the vectors of a CLIP or SigLIP."
-                )
+                raise ValueError(f"aesthetics: {model} is a {kind}; a head is made for vectors of a CLIP or SigLIP.")
             found[model] = identity(model)
     return found
 

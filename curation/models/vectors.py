@@ -17,7 +17,7 @@ def vectors_of(index: Index, model: str) -> NDArray[np.float32]:
     for number in range(index.num_shards):
         rows = index.read(number, "dedup", ("picture",))
         wanted = [row["rule"] is None and row["picture"] >= 0 for row in rows]
-        found = {}
+        found: dict[int, np.ndarray] = {}
         for places, images in blocks(index, number, wanted):
             values = encoder.vectors(images).numpy().astype(np.float32)
             width = values.shape[1]

@@ -116,7 +116,7 @@ def _read_turns(turns: Any, pictures: list[Any]) -> list[dict[str, str]]:
     """LLaVA's, ShareGPT's and the chat form; pictures that stand inside a content join `pictures`, in order."""
     if not isinstance(turns, (list, tuple)) or not turns:
         raise BadSample("messages: expected a list of turns")
-    given, inside, messages = list(pictures), [], []
+    given, inside, messages = list(pictures), list[Any](), list[dict[str, str]]()
     for turn in turns:
         if not isinstance(turn, dict):
             raise BadSample(f"messages: found {type(turn).__name__}, expected an object")

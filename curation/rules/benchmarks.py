@@ -186,7 +186,8 @@ def contamination_shard(index: Index, number: int) -> pa.Table:
 
 
 def _pictures(rows, compared: list[int], known: Benchmarks, settings: dict[str, Any]) -> dict:
-    hits, nearest = {}, {}
+    hits: dict[int, tuple[str, str, str]] = {}
+    nearest: dict[int, float] = {}
     thumbs = as_thumbs([rows[place]["thumb"] for place in compared])
     hashes = np.array([rows[place]["phash"] for place in compared], dtype=np.uint64)
     candidates = [

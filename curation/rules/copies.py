@@ -1,6 +1,6 @@
 """Copies among the pictures of an index: exact, re-encoded, cropped, mirrored. `curation.dedup` runs `find_copies`.
 
-Held in memory: 80 bytes a picture, and with `crops` 768 more; thumbnails (3 KiB) lie in a temporary file.
+Held in memory: 80 bytes a picture and its id, with `crops` 1.5 KiB more; thumbnails (3 KiB) lie in a temporary file.
 """
 
 import tempfile
@@ -17,21 +17,32 @@ from PIL import Image
 from curation.records.reading import read_shard
 from curation.rules.measures import thumbnail
 from curation.rules.near import (
+    CropMatch,
     coarse_cuts,
     crop_views,
     keep_first,
     match_crop,
     near_hashes,
     near_vectors,
+    small_vectors,
+    small_views,
     thumb_distance,
-    thumb_vectors,
     unit_rows,
 )
 from curation.shards.index import Index
 from modeling_pisces.image_loading_pisces import load_image
 
 
-COLUMNS = ("picture", "num_pictures", "shape", "text", "file_sha256", "pixel_sha256", "phash", "phash_mirrored")
+COLUMNS: tuple[str, ...] = (
+    "picture",
+    "num_pictures",
+    "shape",
+    "text",
+    "file_sha256",
+    "pixel_sha256",
+    "phash",
+    "phash_mirrored",
+)
 COLUMNS += ("width", "height", "num_bytes", "thumb", "id", "sample")
 THUMB = (32, 32, 3)
 
@@ -149,7 +160,7 @@ def find_copies(index: Index, rules: CopyRules, vectors: NDArray | None = None) 
 
 
 def _same_records(shard: int, samples: dict[int, list[tuple[int, dict]]], seen: dict) -> dict:
-    copies = {}
+    copies: dict[tuple[int, int], Copy] = {}
     for rows in samples.values():  # pictures of one record, whichever of them earlier stages left
         key = (rows[0][1]["text"], *(row["pixel_sha256"] for _, row in rows))
         if key in seen:
@@ -200,60 +211,72 @@ def _by_mirror(found: Found, rules: CopyRules, left, rank, vectors) -> dict[int,
 
 
 def _keep(found: Found, rules: CopyRules, left, rank, blocks, rule: str, mirror: bool = False) -> dict[int, Copy]:
-    good, distances = [], {}
+    good: list[tuple[int, int]] = []
+    distances: dict[tuple[int, int], float] = {}
     for pairs in blocks:
         for start in range(0, len(pairs), 2048):
             part = left[pairs[start : start + 2048]]
             other = found.thumbs[part[:, 1]]
             distance = thumb_distance(found.thumbs[part[:, 0]], other[:, :, ::-1] if mirror else other)
-            for pair, value in zip(
-                part[distance <= rules.thumb_distance], distance[distance <= rules.thumb_distance], strict=True
-            ):
-                good.append(pair)
-                distances[tuple(sorted(map(int, pair)))] = value
-    dropped = keep_first(np.array(good).reshape(-1, 2), rank)
+            for (first, second), value in zip(part, distance, strict=True):
+                if value <= rules.thumb_distance:
+                    good.append(_ordered(first, second))
+                    distances[_ordered(first, second)] = float(value)
+    dropped = keep_first(np.array(good, dtype=np.int64).reshape(-1, 2), rank)
     return {
-        n: (rule, f"thumbnails differ by {distances[tuple(sorted((n, kept)))]:.2f} grey levels", found.ids[kept])
+        n: (rule, f"thumbnails differ by {distances[_ordered(n, kept)]:.2f} grey levels", found.ids[kept])
         for n, kept in dropped.items()
     }
+
+
+def _ordered(first: int, second: int) -> tuple[int, int]:
+    first, second = int(first), int(second)
+    return (first, second) if first < second else (second, first)
 
 
 def _by_crop(found: Found, rules: CopyRules, left, rank, vectors) -> dict[int, Copy]:
     """Pictures that lie on another one once it is cut by up to 6 % at each side."""
     if not rules.crops:
         return {}
-    thumbs = found.thumbs[left]
+    blocks = np.array_split(left, len(left) // 4096 + 1)  # the file of thumbnails may not fit in memory
+    small = np.concatenate([small_views(found.thumbs[block]) for block in blocks])
     partners: dict[int, list[int]] = {}
-    for pairs in near_vectors(thumb_vectors(thumbs), None, rules.cosine):
+    for pairs in near_vectors(small_vectors(small), None, rules.cosine):
         for first, second in pairs:
             partners.setdefault(int(first), []).append(int(second))
             partners.setdefault(int(second), []).append(int(first))
-    small = thumbs.reshape(len(left), 8, 4, 8, 4, 3).mean((2, 4), dtype=np.float32).reshape(len(left), -1)
     likely = []
     for whole, others in partners.items():
-        for part, view in _coarse_matches(thumbs[whole], small, np.array(others), rules):
-            match = match_crop(thumbs[whole], thumbs[part], coarse_cuts(view))
+        thumb = found.thumbs[left[whole]]
+        for part, view in _coarse_matches(thumb, small, np.array(others), rules):
+            match = match_crop(thumb, found.thumbs[left[part]], coarse_cuts(view))
             if match.distance <= rules.crop_distance + THUMB_SLACK:
                 likely.append((int(left[whole]), int(left[part]), match.cuts))
-    good, distances = [], {}
-    for pair, distance in _look_closely(found, likely):
-        if distance <= min(rules.crop_distance, distances.get(pair, np.inf)):
+    good: list[tuple[int, int]] = []
+    distances: dict[tuple[int, int], float] = {}
+    is_cut: dict[tuple[int, int], bool] = {}
+    for pair, match in _look_closely(found, likely):
+        if match.distance <= min(rules.crop_distance, distances.get(pair, np.inf)):
             good.append(pair)
-            distances[pair] = distance
+            distances[pair], is_cut[pair] = match.distance, max(match.cuts) > WHOLE
     dropped = keep_first(np.array(good, dtype=np.int64).reshape(-1, 2), rank)
-    words = "a crop of it within {:.2f} grey levels"
-    return {
-        n: ("copy_crop", words.format(distances[tuple(sorted((n, kept)))]), found.ids[kept])
-        for n, kept in dropped.items()
-    }
+    copies: dict[int, Copy] = {}
+    for n, kept in dropped.items():
+        pair = _ordered(n, kept)
+        rule, words = (
+            ("copy_crop", "one is a crop of the other") if is_cut[pair] else ("copy_near", "the same picture")
+        )
+        copies[n] = (rule, f"{words} within {distances[pair]:.2f} grey levels", found.ids[kept])
+    return copies
 
 
 COARSE_SLACK = 4.5  # grey levels that a right crop differs more as 8 x 8 pixels, in steps of 2 % of a side: measured
 THUMB_SLACK = 4.5  # and as a part of 32 x 32 pixels
 LARGE_SIDE = 192
+WHOLE = 0.008  # of a side: what is cut less is no crop, but a copy whose hash moved too far
 
 
-def _look_closely(found: Found, likely: list[tuple[int, int, tuple]]) -> Iterator[tuple[tuple[int, int], float]]:
+def _look_closely(found: Found, likely: list[tuple[int, int, tuple]]) -> Iterator[tuple[tuple[int, int], CropMatch]]:
     """Pairs with what differs between them, measured on the pictures themselves: a thumbnail blurs a crop too much."""
     wanted = sorted({number for pair in likely for number in pair[:2]})
     places = {number: place for place, number in enumerate(wanted)}
@@ -262,8 +285,7 @@ def _look_closely(found: Found, likely: list[tuple[int, int, tuple]]) -> Iterato
             large[places[number]] = thumbnail(image, LARGE_SIDE)
         for whole, part, cuts in likely:
             match = match_crop(large[places[whole]], large[places[part]], cuts, side=32, steps=3)
-            first, second = sorted((whole, part))
-            yield (first, second), match.distance
+            yield _ordered(whole, part), match
 
 
 def _coarse_matches(whole, small, others, rules: CopyRules) -> list[tuple[int, int]]:
@@ -281,13 +303,13 @@ def _coarse_matches(whole, small, others, rules: CopyRules) -> list[tuple[int, i
 
 def _by_model(found: Found, rules: CopyRules, left, rank, vectors) -> dict[int, Copy]:
     """Vectors of a model whose cosine reaches the threshold: what it cannot tell apart."""
-    good, cosines = [], {}
+    good: list[tuple[int, int]] = []
+    cosines: dict[tuple[int, int], float] = {}
     for pairs in near_vectors(vectors[left], None, rules.cosine):
         for first, second in left[pairs]:
-            good.append((first, second))
-            cosines[int(first), int(second)] = float(vectors[first] @ vectors[second])
+            good.append(_ordered(first, second))
+            cosines[good[-1]] = float(vectors[first] @ vectors[second])
     dropped = keep_first(np.array(good, dtype=np.int64).reshape(-1, 2), rank)
     return {
-        n: ("copy_model", f"cosine {cosines[tuple(sorted((n, kept)))]:.4f}", found.ids[kept])
-        for n, kept in dropped.items()
+        n: ("copy_model", f"cosine {cosines[_ordered(n, kept)]:.4f}", found.ids[kept]) for n, kept in dropped.items()
     }

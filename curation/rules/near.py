@@ -75,12 +75,21 @@ def unit_rows(vectors: NDArray) -> NDArray[np.float32]:
     """(N, D) vectors of length 1; of a vector without a direction, zeros."""
     vectors = vectors.astype(np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 1e-6, lengths, np.inf)
+    return (vectors / np.where(lengths > 1e-6, lengths, np.inf)).astype(np.float32)
 
 
 def thumb_vectors(thumbs: NDArray[np.uint8]) -> NDArray[np.float32]:
     """(N, 192) vectors of thumbnails (N, 32, 32, 3): 8 x 8 means without the overall mean. Needs no model."""
-    small = thumbs.reshape(len(thumbs), 8, 4, 8, 4, 3).mean((2, 4), dtype=np.float32).reshape(len(thumbs), -1)
+    return small_vectors(small_views(thumbs))
+
+
+def small_views(thumbs: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(N, 192): thumbnails (N, 32, 32, 3) as 8 x 8 pixels."""
+    return thumbs.reshape(len(thumbs), 8, 4, 8, 4, 3).mean((2, 4), dtype=np.float32).reshape(len(thumbs), -1)
+
+
+def small_vectors(small: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, 192) of length 1, without the overall mean."""
     return unit_rows(small - small.mean(1, keepdims=True))
 
 

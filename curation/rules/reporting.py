@@ -16,8 +16,8 @@ from modeling_pisces.console.contact_sheet import Section, Tile
 
 COLUMNS = ("short_side", "aspect", "num_bytes", "entropy", "one_color", "sharpness", "words")
 SCORES = ("agreement", "aesthetics", "yes")
-READ = ("id", "picture", "width", "height", "num_bytes", "entropy", "one_color", "sharpness", "text", "shape", *SCORES)
-READ += ("format", "problem", "source")
+READ: tuple[str, ...] = ("id", "picture", "width", "height", "num_bytes", "entropy", "one_color", "sharpness")
+READ += ("text", "shape", "format", "problem", "source", *SCORES)
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 MAX_VALUES = 100_000
 BAR = 40

@@ -135,7 +135,7 @@ def test_vectors_of_a_model_drop_what_it_cannot_tell_apart(tmp_path, scenes):
         ({"aesthetics": {"model": TINY, "min": 0}}, "aesthetics: no head"),
         (
             {"aesthetics": {"model": TINY, "head": "h", "min": 0}},
-            "aesthetics: pisces-tiny is a pisces; a head is made for the vectors of a CLIP or SigLIP",
+            "aesthetics: pisces-tiny is a pisces; a head is made for vectors of a CLIP or SigLIP",
         ),
         ({"questions": {"model": TINY, "max_yes": 0.5}}, "questions: nothing is asked"),
     ],
