@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from conversion.assembly.chat_formats import ChatTemplate
+from conversion.assembly.chat_formats import FORMAT_NAMES, ChatTemplate
 from conversion.assembly.config import AssembleArguments, make_config, make_generation_config, make_processor
 from conversion.assembly.decoder import check_decoder_part, write_decoder_part
 from conversion.assembly.parts import Part, open_part
@@ -165,6 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--chat_template", metavar="FILE", help="Jinja template instead of the one that fits the language model"
+    )
+    parser.add_argument(
+        "--chat_format",
+        choices=FORMAT_NAMES,
+        help="how turns are written, where the language model has no chat template that can be followed",
     )
     parser.add_argument(
         "--dtype", choices=tuple(DTYPE_FLAGS), help="convert all weights but the decoder's (default: as they are)"

@@ -1,134 +1,168 @@
-"""Chat templates with images for language models that were trained on other headers than Llama-3.1's.
+"""Chat templates with images for any language model: its own way of writing turns, with places for pictures.
 
 `assemble` asks `make_chat_template` for the template of a tokenizer. A model's own template cannot simply be kept: it
 takes a content to be one string and does not mark what the assistant says, so that neither images nor exact assistant
-masks are possible. The few formats that published models use are a table here; each gives the text of the model's own
-template for conversations without images.
+masks are possible. So its texts are read off it (`chat_probe`) and put into a template of ours, which must render the
+same; where it cannot, assembling stops and asks. For language models without a template there is a table.
 """
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
+from conversion.assembly.chat_probe import ChatFormat, UnreadableFormat, differing_probe, read_own_format
 from modeling_pisces.conversations_pisces import default_chat_template
 
 
-@dataclass(frozen=True)
-class ChatFormat:
-    """How one family of language models writes turns. ROLE and EOS in a text stand for the role and the eos token.
-
-    Args:
-        marker: the special token by which the family is told.
-        header: opens a turn of the user or the system.
-        end: closes it.
-        assistant_header: opens the assistant's turn.
-        assistant_lead: stands before the assistant's words; the model writes it, so it is in the assistant mask.
-        end_token: closes the assistant's turn and ends generation; in the mask too.
-        after: follows it.
-        has_system: whether there are system turns; otherwise the system's text opens the first user turn.
-    """
-
-    marker: str
-    header: str
-    end: str
-    assistant_header: str
-    end_token: str
-    after: str
-    assistant_lead: str = ""
-    has_system: bool = True
-
-
-# the published templates of Qwen2 and SmolLM2, Gemma 2, Mistral-Instruct v0.3 and Phi-3, without their tools
-FORMATS = {
-    "chatml": ChatFormat(
-        marker="<|im_start|>",
-        header="<|im_start|>ROLE\n",
-        end="<|im_end|>\n",
-        assistant_header="<|im_start|>assistant\n",
-        end_token="<|im_end|>",
-        after="\n",
+# by the special token that tells the family; of Qwen2 and SmolLM2, Gemma, Mistral-Instruct v0.3, Phi-3 and Zephyr
+FAMILIES: dict[str, tuple[str, ChatFormat]] = {
+    "chatml": (
+        "<|im_start|>",
+        ChatFormat(
+            start="",
+            system_start="<|im_start|>system\n",
+            system_header="<|im_start|>system\n",
+            system_end="<|im_end|>\n",
+            user_header="<|im_start|>ROLE\n",
+            user_end="<|im_end|>\n",
+            assistant_header="<|im_start|>assistant\n",
+            end="<|im_end|>",
+            end_token="<|im_end|>",
+            after="\n",
+        ),
     ),
-    "gemma": ChatFormat(
-        marker="<start_of_turn>",
-        header="<start_of_turn>ROLE\n",
-        end="<end_of_turn>\n",
-        assistant_header="<start_of_turn>model\n",
-        end_token="<end_of_turn>",
-        after="\n",
-        has_system=False,
+    "gemma": (
+        "<start_of_turn>",
+        ChatFormat(
+            start="",
+            system_start="<start_of_turn>user\n",
+            system_header="<start_of_turn>user\n",
+            system_end="\n\n",
+            user_header="<start_of_turn>user\n",
+            user_end="<end_of_turn>\n",
+            assistant_header="<start_of_turn>model\n",
+            end="<end_of_turn>",
+            end_token="<end_of_turn>",
+            after="\n",
+            folds=True,
+        ),
     ),
-    "mistral": ChatFormat(
-        marker="[INST]",
-        header="[INST] ",
-        end="[/INST]",
-        assistant_header="",
-        assistant_lead=" ",
-        end_token="EOS",
-        after="",
-        has_system=False,
+    "mistral": (
+        "[INST]",
+        ChatFormat(
+            start="",
+            system_start="[INST] ",
+            system_header="[INST] ",
+            system_end="\n\n",
+            user_header="[INST] ",
+            user_end="[/INST]",
+            assistant_header="",
+            lead=" ",
+            final_lead=" ",
+            end="EOS",
+            end_token="EOS",
+            after="",
+            folds=True,
+        ),
     ),
-    "phi": ChatFormat(
-        marker="<|assistant|>",
-        header="<|ROLE|>\n",
-        end="<|end|>\n",
-        assistant_header="<|assistant|>\n",
-        end_token="<|end|>",
-        after="\n",
+    "phi": (
+        "<|end|>",
+        ChatFormat(
+            start="",
+            system_start="<|system|>\n",
+            system_header="<|system|>\n",
+            system_end="<|end|>\n",
+            user_header="<|ROLE|>\n",
+            user_end="<|end|>\n",
+            assistant_header="<|assistant|>\n",
+            end="<|end|>",
+            end_token="<|end|>",
+            after="\n",
+        ),
+    ),
+    "zephyr": (
+        "<|assistant|>",
+        ChatFormat(
+            start="",
+            system_start="<|system|>\n",
+            system_header="<|system|>\n",
+            system_end="EOS\n",
+            user_header="<|ROLE|>\n",
+            user_end="EOS\n",
+            assistant_header="<|assistant|>\n",
+            end="EOS",
+            end_token="EOS",
+            after="\n",
+        ),
     ),
 }
-# for language models that know no chat tokens
-PLAIN = ChatFormat(marker="", header="ROLE: ", end="\n", assistant_header="assistant: ", end_token="EOS", after="\n")
+# For language models that know no chat tokens. The space before an answer is the assistant's: byte-level tokenizers
+# join it with the word behind it, and a prompt that ended in a lone space would end otherwise than any training row.
+PLAIN = ChatFormat(
+    start="",
+    system_start="system: ",
+    system_header="system: ",
+    system_end="\n",
+    user_header="ROLE: ",
+    user_end="\n",
+    assistant_header="assistant:",
+    lead=" ",
+    final_lead=" ",
+    end="EOS",
+    end_token="EOS",
+    after="\n",
+)
+FORMATS = {name: form for name, (_, form) in FAMILIES.items()} | {"plain": PLAIN}
+FORMAT_NAMES = ("llama3", *FORMATS)
 
 # the loops over parts are written out, because servers look for them to learn that contents may be lists
 _SKELETON = """\
-BOS{%- for message in messages %}
+{%- if messages and messages[0]['role'] == 'system' %}
+    {{- SYSTEM_START }}
+{%- else %}
+    {{- CONVERSATION_START }}
+{%- endif %}
+{%- for message in messages %}
     {%- if message['role'] == 'assistant' %}
         {{- ASSISTANT_HEADER }}
         {%- generation %}
-            {{- ASSISTANT_LEAD }}
+            {%- if message['content'] is string or not message['content'] or message['content'][0]['type'] != 'image'
+            %}
+                {{- ANSWER_LEAD }}
+            {%- endif %}
             {%- if message['content'] is string %}
-                {{- message['content'] }}
+                {{- message['content']TRIM }}
             {%- else %}
                 {%- for part in message['content'] %}
-                    {{- GEN_IMAGE_TOKEN if part['type'] == 'image' else part['text'] }}
+                    {{- GEN_IMAGE_TOKEN if part['type'] == 'image' else (part['text']TRIM_PART) }}
                 {%- endfor %}
             {%- endif %}
-            {{- END_TOKEN }}
+            {{- ANSWER_END }}
         {%- endgeneration %}
-        {{- AFTER }}
+        {{- AFTER_ANSWER }}
     {%- else %}
-        HEADER_OF_TURN
+        {%- if message['role'] == 'system' %}
+            {%- if not loop.first %}{{- SYSTEM_HEADER }}{%- endif %}
+        USER_HEADER_OF_TURN
+        {%- endif %}
         {%- if message['content'] is string %}
-            {{- message['content'] }}
+            {{- message['content']TRIM }}
         {%- else %}
             {%- for part in message['content'] %}
-                {{- IMAGE_TOKEN if part['type'] == 'image' else part['text'] }}
+                {{- IMAGE_TOKEN if part['type'] == 'image' else (part['text']TRIM_PART) }}
             {%- endfor %}
         {%- endif %}
-        END_OF_TURN
+        {{- SYSTEM_END if message['role'] == 'system' else USER_END }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- ASSISTANT_HEADER }}
 {%- endif %}
 """
-_DEFAULT_SYSTEM = """\
-{%- if messages and messages[0]['role'] != 'system' %}
-    {{- SYSTEM_TURN }}
-{%- endif %}
-"""
+_USER_HEADER = "{%- else %}{{- USER_HEADER }}"
 # a system turn and the user turn after it share one header and one end
-_FOLDED_HEADER = "{%- if loop.first or loop.previtem['role'] != 'system' %}{{- HEADER }}{%- endif %}"
-_FOLDED_END = "{{- '\\n\\n' if message['role'] == 'system' else END }}"
-_PROBE = [
-    {"role": "user", "content": "What is on the table?"},
-    {"role": "assistant", "content": "Two red cups."},
-    {"role": "user", "content": "And under it?"},
-]
+_FOLDED_HEADER = "{%- elif loop.first or loop.previtem['role'] != 'system' %}{{- USER_HEADER }}"
 
 
 class ChatTemplate(NamedTuple):
@@ -136,9 +170,9 @@ class ChatTemplate(NamedTuple):
 
     Args:
         template: Jinja.
-        name: "llama3", one of `FORMATS`, "plain", or the file that the user gave.
+        name: a word of `FORMAT_NAMES`, "own" (read off the language model's template), or the user's file.
         end_token: ends the assistant's turn.
-        matches_own: whether a conversation without images reads as in the language model's own template; None: it has
+        matches_own: whether conversations without images read as in the language model's own template; None: it has
             none.
     """
 
@@ -149,85 +183,117 @@ class ChatTemplate(NamedTuple):
 
 
 def make_chat_template(
-    tokenizer: Any, image_token: str, gen_image_token: str, file: str | None = None
+    tokenizer: Any,
+    image_token: str,
+    gen_image_token: str,
+    file: str | None = None,
+    chat_format: str | None = None,
 ) -> ChatTemplate:
     """The template for a language model's tokenizer, which still has its own.
 
     Args:
         file: a template to take instead.
+        chat_format: a word of `FORMAT_NAMES` to take instead of what the tokenizer shows.
+
+    Raises:
+        ValueError: the model's own template cannot be followed, or its turns would end in no token.
     """
-    name = _format_name(tokenizer)
-    form = FORMATS.get(name, PLAIN)
-    end_token = "<|eot_id|>" if name == "llama3" else form.end_token.replace("EOS", tokenizer.eos_token)
+    name, form, problem = _choose_format(tokenizer, chat_format)
+    end_token = "<|eot_id|>" if form is None else form.end_token
     if file is not None:
         template, name = Path(file).read_text(encoding="utf-8"), Path(file).name
-    elif name == "llama3":
+    elif problem is not None:
+        raise ValueError(
+            f"the language model's own chat template cannot be followed with pictures: {problem}. Choose how turns are
+            " f"written with --chat_format ({', '.join(FORMAT_NAMES)}), or give a template with --chat_template FILE."
+        )
+    elif form is None:
         template = default_chat_template(image_token, gen_image_token)
     else:
-        template = _fill_skeleton(form, tokenizer, image_token, gen_image_token)
-    own = _render(tokenizer, _PROBE)
-    matches_own = None if own is None else own == _render(tokenizer, _PROBE, template)
+        template = fill_skeleton(form, image_token, gen_image_token)
+    _check_end_token(tokenizer, end_token, name)
+    matches_own = None if not tokenizer.chat_template else differing_probe(tokenizer, template) is None
     return ChatTemplate(template, name, end_token, matches_own)
 
 
-def _fill_skeleton(form: ChatFormat, tokenizer: Any, image_token: str, gen_image_token: str) -> str:
-    header, end = ("{{- HEADER }}", "{{- END }}") if form.has_system else (_FOLDED_HEADER, _FOLDED_END)
-    skeleton = _SKELETON.replace("HEADER_OF_TURN", header).replace("END_OF_TURN", end)
-    system = _default_system(tokenizer, form)
+def _choose_format(tokenizer: Any, chosen: str | None) -> tuple[str, ChatFormat | None, str | None]:
+    """Name, format (None: Llama-3's, which is the package's own), and why the model's own cannot be followed."""
+    if chosen is not None:
+        return chosen, None if chosen == "llama3" else _of_tokenizer(FORMATS[chosen], tokenizer), None
+    if tokenizer.chat_template:
+        try:
+            form = read_own_format(tokenizer)
+        except UnreadableFormat as error:
+            return "own", _of_tokenizer(PLAIN, tokenizer), str(error)
+        probe = differing_probe(tokenizer, fill_skeleton(form, "<image>", "<gen>"))
+        return _family_name(tokenizer.chat_template), form, f"{probe} differs" if probe else None
+    added = tokenizer.get_added_vocab()
+    if "<|start_header_id|>" in added:
+        return "llama3", None, None
+    name = next((name for name, (marker, _) in FAMILIES.items() if marker in added), "plain")
+    return name, _of_tokenizer(FORMATS[name], tokenizer), None
+
+
+def _family_name(template: str) -> str:
+    """A word for the report: the family whose marker the template writes, where it is told by nothing else."""
+    others = ("<|im_sep|>", "<<SYS>>", "<｜", "<think>")
+    if any(mark in template for mark in others):
+        return "own"
+    markers = {"llama3": "<|start_header_id|>", **{name: marker for name, (marker, _) in FAMILIES.items()}}
+    return next((name for name, marker in markers.items() if marker in template), "own")
+
+
+def _of_tokenizer(form: ChatFormat, tokenizer: Any) -> ChatFormat:
+    """A format of the table with this tokenizer's end token, and its begin token where it puts one."""
+    eos = tokenizer.eos_token or ""
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    start = ("{{- bos_token }}\n" if adds_bos else "") + (_DEFAULT_SYSTEM if system else "")
     texts = {
-        "GEN_IMAGE_TOKEN": gen_image_token,
-        "IMAGE_TOKEN": image_token,
-        "ASSISTANT_HEADER": form.assistant_header,
-        "ASSISTANT_LEAD": form.assistant_lead,
-        "SYSTEM_TURN": f"{form.header.replace('ROLE', 'system')}{system}{form.end}",
-        "END_TOKEN": form.end_token,
-        "AFTER": form.after,
-        "HEADER": form.header,
-        "END": form.end,
+        name: value.replace("EOS", eos) if isinstance(value, str) else value for name, value in vars(form).items()
     }
-    pattern = re.compile(rf"\b({'|'.join(texts)})\b")
-    return pattern.sub(
-        lambda match: _literal(texts[match.group()], tokenizer.eos_token), skeleton.replace("BOS", start, 1)
-    )
+    begin = tokenizer.bos_token if adds_bos else ""
+    texts |= {name: begin + texts[name] for name in ("start", "system_start")}
+    return ChatFormat(**texts)
 
 
-def _literal(text: str, eos_token: str) -> str:
-    """Text as a Jinja expression; the role is filled in while rendering."""
-    parts = [json.dumps(part, ensure_ascii=False) for part in text.replace("EOS", eos_token).split("ROLE")]
-    return " + message['role'] + ".join(parts)
+def _check_end_token(tokenizer: Any, end_token: str, name: str) -> None:
+    known = tokenizer.convert_tokens_to_ids(end_token) if end_token else None
+    if known is None or known == tokenizer.unk_token_id:
+        raise ValueError(
+            f"chat format {name}: the tokenizer has no token {end_token or 'eos'!r} that could end an answer. Give it "
+            "an eos_token in tokenizer_config.json, or choose another --chat_format."
+        )
 
 
-def _format_name(tokenizer: Any) -> str:
-    markers = {"llama3": "<|start_header_id|>", **{name: form.marker for name, form in FORMATS.items()}}
-    own, added = str(tokenizer.chat_template or ""), tokenizer.get_added_vocab()
-    for name, marker in markers.items():  # what it was trained on counts more than what it could write
-        if marker in own:
-            return name
-    return next((name for name, marker in markers.items() if marker in added), "plain")
+def fill_skeleton(form: ChatFormat, image_token: str, gen_image_token: str) -> str:
+    """The Jinja template of a format."""
+    lead = _literal(form.lead)
+    if form.final_lead != form.lead:
+        lead = f"({_literal(form.final_lead)} if loop.last else {lead})"
+    expressions = {
+        "GEN_IMAGE_TOKEN": _literal(gen_image_token),
+        "IMAGE_TOKEN": _literal(image_token),
+        "SYSTEM_START": _literal(form.system_start),
+        "CONVERSATION_START": _literal(form.start),
+        "ASSISTANT_HEADER": _literal(form.assistant_header),
+        "ANSWER_LEAD": lead,
+        "ANSWER_END": _literal(form.end),
+        "AFTER_ANSWER": _literal(form.after),
+        "SYSTEM_HEADER": _literal(form.system_header),
+        "SYSTEM_END": _literal(form.system_end),
+        "USER_HEADER": " + message['role'] + ".join(map(_literal, form.user_header.split("ROLE"))),
+        "USER_END": _literal(form.user_end),
+        "TRIM": " | trim" if form.trims else "",
+        # a part that stands beside others keeps its spaces: they part it from them
+        "TRIM_PART": " | trim if message['content'] | length == 1 else part['text']" if form.trims else "",
+    }
+    skeleton = _SKELETON.replace("USER_HEADER_OF_TURN", _FOLDED_HEADER if form.folds else _USER_HEADER)
+    pattern = re.compile("|".join(sorted(expressions, key=len, reverse=True)))
+    return pattern.sub(lambda match: expressions[match.group()], skeleton)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], template: str | None = None) -> str | None:
-    """Text of a conversation; without a template in the tokenizer's own, None where that has none or refuses."""
-    if template is None and not tokenizer.chat_template:
-        return None
-    try:
-        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-    except (TemplateError, TypeError, ValueError):  # templates refuse roles and orders as they like
-        return None
+def _literal(text: str) -> str:
+    """Text as a Jinja expression."""
+    return json.dumps(text, ensure_ascii=False)
 
 
-def _default_system(tokenizer: Any, form: ChatFormat) -> str:
-    """What the model's own template says to it when the user gives no system turn."""
-    if not form.has_system:
-        return ""
-    header, end = form.header.replace("ROLE", "system"), form.end
-    text = _render(tokenizer, _PROBE[:1]) or ""
-    found = re.match(
-        rf"(?:{re.escape(tokenizer.bos_token or '')})?{re.escape(header)}(.*?){re.escape(end)}", text, re.S
-    )
-    return found.group(1) if found else ""
-
-
-__all__ = ["FORMATS", "ChatTemplate", "make_chat_template"]
+__all__ = ["FORMATS", "FORMAT_NAMES", "ChatTemplate", "fill_skeleton", "make_chat_template"]

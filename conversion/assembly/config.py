@@ -43,6 +43,7 @@ class AssembleArguments:
     vision_feature_layer: int | None = None
     vision_feature_select_strategy: str | None = None
     chat_template: str | None = None
+    chat_format: str | None = None
     dtype: str | None = None
     seed: int = 0
     allow_pickle: bool = False
@@ -104,7 +105,9 @@ def make_processor(
     """
     tokenizer = vocabulary.tokenizer
     tokens = {key.removesuffix("_id"): token for key, token in PISCES_TOKENS.items()}
-    chat = make_chat_template(tokenizer, tokens["image_token"], tokens["gen_image_token"], run.chat_template)
+    chat = make_chat_template(
+        tokenizer, tokens["image_token"], tokens["gen_image_token"], run.chat_template, run.chat_format
+    )
     tokenizer.chat_template = None  # the processor's is the one that counts
     pictures = {"image_processor": ("vision_tower", config.vision_config)}
     if "gen_vision_tower" in parts:

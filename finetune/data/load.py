@@ -29,12 +29,15 @@ from finetune.data.streams import StreamedRows
 GIVE_UP_AFTER = 100  # bad records in a row at the start of a file: it is not one broken line, it is another format
 
 
-def load_data(data: Any, seed: int = 0) -> SourceRows | StreamedRows | MixedRows | MixedStream:
+def load_data(
+    data: Any, seed: int = 0, beside: tuple[str | Path, float] | None = None
+) -> SourceRows | StreamedRows | MixedRows | MixedStream:
     """Load training data of any format that `docs/data.md` lists.
 
     Args:
         data: one source or several: a path, a mapping of `DataSpec`'s keys, a YAML file, or a list of these.
         seed: of the order of streams and mixtures. A single file or folder keeps its order; the trainer shuffles it.
+        beside: one more source, and its share of all rows.
 
     Returns:
         A torch dataset of rows (`finetune.data.schema`) with opened pictures: by index (`SourceRows`, `MixedRows`), or
@@ -45,9 +48,16 @@ def load_data(data: Any, seed: int = 0) -> SourceRows | StreamedRows | MixedRows
     """
     specs = parse_specs(data)
     sources = [load_source(spec, seed) for spec in specs]
+    weights = [spec.weight for spec in specs]
+    if beside is not None:
+        more, share = beside
+        if len(sources) == 1 or all(weight is None for weight in weights):
+            weights = [1.0 if isinstance(source, StreamedRows) else len(source) for source in sources]
+        weights.append(sum(weight or 0 for weight in weights) * share / (1 - share))
+        sources.append(load_source(parse_specs(str(more))[0], seed))
     if len(sources) == 1:
         return sources[0]
-    return mix_rows(sources, [spec.weight for spec in specs], seed)
+    return mix_rows(sources, weights, seed)
 
 
 def load_source(spec: DataSpec, seed: int = 0) -> SourceRows | StreamedRows:

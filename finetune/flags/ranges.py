@@ -11,6 +11,16 @@ from typing import Any, NamedTuple
 from pisces_commands.arguments import LARGEST, UsageError
 
 
+AUTO = "auto"
+
+
+class AutoOrNumber(float):
+    """The type of a number that may be left to a rule: "auto" stays that word, anything else is a float."""
+
+    def __new__(cls, value: Any) -> Any:
+        return AUTO if value == AUTO else float(value)
+
+
 class Range(NamedTuple):
     """Numbers from `least` to `most`, without the ends that are `open`; `also` are single values with a meaning."""
 
@@ -118,7 +128,7 @@ TABLES: dict[str, dict[str, Range]] = {
         "lora_alpha": Range(1, 2**20),
         "lora_dropout": RATE,
     },
-    "RecipeArguments": {"pack_to": COUNT},
+    "RecipeArguments": {"pack_to": COUNT, "rehearse": RATE},
     "GuardArguments": {"guard_steps": COUNT, "guard_rows": COUNT},
     "DrawingArguments": {"gen_input_noise": Range(0, 100)},
     "JointArguments": {"image_loss_weight": Range(0, 1e6)},
@@ -166,6 +176,8 @@ def check_ranges(flags: Any) -> None:
         ranges |= TABLES.get(kind.__name__, {})
     for field in fields(flags):
         given = getattr(flags, field.name, None)
+        if isinstance(given, str) and field.type in (AutoOrNumber, AutoOrNumber.__name__) and given != AUTO:
+            raise UsageError(f"--{field.name} {given}: expected a number {ranges[field.name]}, or auto.")
         for value in given if isinstance(given, (list, tuple)) else [given]:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue

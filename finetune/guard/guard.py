@@ -1,10 +1,11 @@
-"""The two-sided guard: a few rows of each side, measured before, during and after training.
+"""The guard: a few rows of each side and some plain text, measured before, during and after training.
 
 The language model serves both sides, so that learning to draw can cost answers, learning to answer can cost drawings,
-and no number of the run itself would show it. Recipes call `load_guard_rows` (in `guard.rows`) and `add_guard`;
-`TwoSidedGuard` is a callback for any `Trainer` of a Pisces. It prints, logs through the trainer to whatever
-`--report_to` names, writes `guard.json` and sheets of drawings, and warns when a side falls. `run.yaml` and the card
-get their part from `guard_record`. How a side is measured is in `guard.metrics`, pixels are in `guard.pictures`.
+both can cost what it knew without pictures, and no number of the run itself would show it. Recipes call
+`load_guard_rows` (in `guard.rows`) and `add_guard`; `TwoSidedGuard` is a callback for any `Trainer` of a Pisces. It
+prints, logs through the trainer to whatever `--report_to` names, writes `guard.json` and sheets of drawings, and warns
+when a side falls. `run.yaml` and the card get their part from `guard_record`. How a side is measured is in
+`guard.metrics`, pixels are in `guard.pictures`.
 """
 
 import json
@@ -22,7 +23,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from finetune.data.schema import Row
-from finetune.guard.metrics import Metrics, measure_drawing, measure_losses, measure_understanding
+from finetune.guard.metrics import (
+    Metrics,
+    measure_drawing,
+    measure_losses,
+    measure_understanding,
+    right_texts,
+)
 from finetune.guard.pictures import load_decoder, make_sheet, report_picture
 from finetune.guard.rows import GuardArguments
 from finetune.guard.table import point_table
@@ -32,6 +39,7 @@ from pisces_commands.writing import write_json, write_whole
 logger = logging.get_logger(__name__)
 
 GUARD_FILE = "guard.json"
+SIDES = ("understanding", "drawing", "text")
 MEANS_LESS = ("text_loss", "image_loss")  # the metrics that fall when things get better, judged in proportion
 
 
@@ -84,8 +92,9 @@ class TwoSidedGuard(TrainerCallback):
 
     Args:
         trainer: a `Trainer` with a Pisces, its processor as `processing_class`. Add the guard with `add_callback`.
-        rows: "understanding": rows with words in assistant turns; "drawing": rows with pictures there. One may be
-            absent.
+        rows: "understanding": rows with words in assistant turns; "drawing": rows with pictures there; "text":
+            questions without pictures and what a right answer holds. Any may be absent. Text is watched as far as it
+            goes: where the first look finds no right answer, there is nothing to lose.
         trained: which of the two the run trains, for the wording of warnings and for `guard.json`.
         every: steps between two measurements; None: a quarter of the run.
         tolerance: a warning says when a share, R^2 or cosine falls by more than this, or a loss rises by more than
@@ -116,15 +125,17 @@ class TwoSidedGuard(TrainerCallback):
         if not self.points and state.global_step and isinstance(self.trainer.model, PeftModel):
             with self.trainer.model.disable_adapter():
                 self._add_point(0)
+        elif self.points and "text" not in self.points[0]:  # the first look found nothing to lose
+            self.rows.pop("text", None)
         elif not self.points:
             self._add_point(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self._interval == 0:
+        if self.rows and state.global_step % self._interval == 0:
             self._add_point(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.points[-1]["step"] != state.global_step:
+        if self.points and self.points[-1]["step"] != state.global_step:
             self._add_point(state.global_step)
 
     # ---- one measurement ----
@@ -134,11 +145,16 @@ class TwoSidedGuard(TrainerCallback):
         point: dict[str, Any] = {"step": step}
         start, sheet = time.perf_counter(), None
         with self._undisturbed():
-            for side in self.rows:
+            for side in list(self.rows):
                 point[side], drawn = self._measure(side)
+                if side == "text" and not self._can_text(point):
+                    del self.rows[side], point[side]
+                    continue
                 if drawn is not None and self.decoder is not None and self.trainer.is_world_process_zero():
                     sheet = make_sheet(self.decoder, self.rows[side], drawn, step)
         point["seconds"] = round(time.perf_counter() - start, 2)
+        if not self.rows:
+            return
         self.points.append(point)
         self._log({f"eval_guard_{side}_{name}": v for side in self.rows for name, v in point[side].items()})
         if not self.trainer.is_world_process_zero():
@@ -150,6 +166,23 @@ class TwoSidedGuard(TrainerCallback):
             self._keep_sheet(sheet, step)
         for fall in find_falls(self.points, self.tolerance):
             logger.warning(self._warn(fall, step))
+
+    def _can_text(self, point: dict[str, Any]) -> bool:
+        """Note which texts are right, and how many of the first point's still are; False: nothing to lose."""
+        right = point["text"].pop("right_rows", None)
+        if right is None:  # of a model in shards
+            return True
+        if not self.points and not right:
+            self._say("guard: no plain-text question is answered right before training; text is not watched.")
+            return False
+        point["text_right"] = right
+        before = set((self.points[0] if self.points else point)["text_right"])
+        point["text"]["kept"] = len(before & set(right)) / len(before)
+        return True
+
+    def _say(self, text: str) -> None:
+        if self.trainer.is_world_process_zero():
+            print(text, flush=True)
 
     def _log(self, numbers: Metrics) -> None:
         """Log through the trainer; "eval_" puts the curves beside those of `--eval_data` in every tracker."""
@@ -165,6 +198,11 @@ class TwoSidedGuard(TrainerCallback):
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             wrapped = self.trainer.model_wrapped
             return measure_losses(wrapped, processor, rows, side, batch_size, model.config), None
+        if side == "text":
+            right = right_texts(model, processor, rows, batch_size)
+            names = [str(row.get("id", number)) for number, row in enumerate(rows)]
+            found = [name for name, is_right in zip(names, right, strict=True) if is_right]
+            return {"right": len(found) / len(rows), "right_rows": found}, None  # type: ignore[dict-item]
         if side == "understanding":
             return measure_understanding(model, processor, rows, batch_size), None
         return measure_drawing(model, processor, rows, batch_size)
@@ -190,7 +228,10 @@ class TwoSidedGuard(TrainerCallback):
         path, points = self.folder / GUARD_FILE, []
         if step and path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
-            if found["rows"] == self._row_ids():
+            own = self._row_ids()
+            if "text" not in found["rows"]:  # watched no more when the first look found no right answer
+                own.pop("text", None)
+            if found["rows"] == own:
                 points = [point for point in found["points"] if point["step"] <= step]
         # what the first process found counts for all: another node may not see the file, and would measure alone
         return broadcast_object_list([points])[0]
@@ -215,7 +256,9 @@ class TwoSidedGuard(TrainerCallback):
     def _warn(self, fall: Fall, step: int) -> str:
         whose = "which this run trains" if fall.side in self.trained else "which this run does not train"
         advice = "mix rows of what it could do before into --data"
-        if fall.side not in self.trained:
+        if fall.side == "text":
+            whose, advice = "what the language model knew without pictures", "raise --rehearse"
+        elif fall.side not in self.trained:
             advice = "mix rows of that side into --data with finetune.lora_joint"
         return (
             f"guard, step {step}: {fall.side}, {whose}, got worse: {fall.metric} {fall.before:.4g} -> {fall.now:.4g}, "
@@ -227,7 +270,7 @@ class TwoSidedGuard(TrainerCallback):
 def find_falls(points: Sequence[Mapping[str, Any]], tolerance: float) -> list[Fall]:
     """What got worse from the first to the last point by more than `tolerance`; see `TwoSidedGuard`."""
     falls = []
-    for side in ("understanding", "drawing"):
+    for side in SIDES:
         for metric, before in points[0].get(side, {}).items():
             now = points[-1][side][metric]
             worse = (now - before) / max(before, 1e-8) if metric in MEANS_LESS else before - now
@@ -253,7 +296,7 @@ def guard_table(guard: Mapping[str, Any]) -> str:
     first, last = guard["points"][0], guard["points"][-1]
     fallen = {(fall["side"], fall["metric"]) for fall in guard["falls"]}
     lines = ["| side | metric | before | after | |", "|---|---|---|---|---|"]
-    for side in ("understanding", "drawing"):
+    for side in SIDES:
         what = f"{side} (trained)" if side in guard["trained"] else f"{side} (not trained)"
         for metric, before in first.get(side, {}).items():
             mark = "worse" if (side, metric) in fallen else ""

@@ -6,6 +6,7 @@ that two measurements differ because the weights do. Called in evaluation mode a
 """
 
 # B rows, M generated vectors per image, Dg width of a generated vector
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from finetune.guard.loss_totals import LossTotals
 
 
 Metrics = dict[str, float]
+
+MAX_TEXT_TOKENS = 24  # of an answer to a question without pictures: a chat model says a sentence
 
 MAX_ANSWER_TOKENS = 16  # longer answers have no single right wording, so that their loss says more than a comparison
 
@@ -40,6 +43,57 @@ def measure_understanding(model: Any, processor: Any, rows: Sequence[Row], batch
         right = [_plain(said) == _plain(text) for said, (_, text) in zip(answers, asked, strict=True)]
         metrics["exact_match"] = sum(right) / len(right)
     return metrics
+
+
+def answer_texts(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Row],
+    batch_size: int = 8,
+    max_new_tokens: int = MAX_TEXT_TOKENS,
+    whole: bool = True,
+) -> list[str | None]:
+    """Greedy answers to the first question of each row, as a user without pictures reads them.
+
+    Returns:
+        one answer per row; with `whole`, None where the model did not end it within `max_new_tokens`.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([ends] if isinstance(ends, int) else ends or [processor.tokenizer.eos_token_id])
+    answers: list[str | None] = []
+    for chunk in _batches([row["messages"][: next(_spoken_turns(row))] for row in rows], batch_size):
+        inputs = _prepare(model, processor, chunk)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True)
+        said = output[:, inputs["input_ids"].shape[1] :].cpu()
+        texts = processor.batch_decode(said, skip_special_tokens=True)
+        ended = torch.isin(said, ends).any(-1).tolist()
+        answers += [text if is_ended or not whole else None for text, is_ended in zip(texts, ended, strict=True)]
+    return answers
+
+
+def right_texts(model: Any, processor: Any, rows: Sequence[Row], batch_size: int = 8) -> list[bool]:
+    """Which questions without pictures are answered right: an expected answer stands in the greedy one as a word.
+
+    A row's expected answer may hold several, with "|" between them. Upper and lower case count as equal, except where
+    the expected answer is written in capitals.
+    """
+    answers = answer_texts(model, processor, rows, batch_size, whole=False)
+    expected = [_text_of(row["messages"][next(_spoken_turns(row))]) for row in rows]
+    return [holds_answer(said or "", text) for said, text in zip(answers, expected, strict=True)]
+
+
+def holds_answer(said: str, expected: str) -> bool:
+    """Whether one of the answers that "|" separates stands in what was said, as words of its own."""
+    for answer in (part.strip() for part in expected.split("|")):
+        pattern = rf"(?<!\w){re.escape(answer.rstrip('.'))}(?!\w)"
+        is_capitals = len(answer) > 1 and answer.isupper() and answer.isalpha()
+        if answer and re.search(pattern, said, 0 if is_capitals else re.IGNORECASE):
+            return True
+    return False
+
+
+def _spoken_turns(row: Row) -> Iterator[int]:
+    return (turn for turn, message in enumerate(row["messages"]) if message["role"] == "assistant" and turn)
 
 
 def measure_drawing(
@@ -74,7 +128,7 @@ def measure_losses(
         model: as the trainer wraps it.
         config: the model's, where the wrapper does not have it under that name.
     """
-    name = {"understanding": "text_loss", "drawing": "image_loss"}[side]
+    name = {"understanding": "text_loss", "drawing": "image_loss", "text": "text_loss"}[side]
     return {name: _losses(model, processor, rows, batch_size, config)[name]}
 
 

@@ -1,13 +1,15 @@
-"""The rows that the two-sided guard watches: its flags, and reading what they name.
+"""The rows that the guard watches: its flags, and reading what they name.
 
 Every recipe's flags include `GuardArguments`, and every recipe calls `load_guard_rows` beside its other data, so that
 a wrong path ends the run before anything is trained. What is done with the rows is in `guard`.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -21,8 +23,15 @@ from finetune.flags.ranges import check_ranges
 logger = logging.get_logger(__name__)
 
 # What the guard watches, by the flag that names its rows.
-FLAGS = {"understanding": "--guard_understanding", "drawing": "--guard_drawing"}
-EXPECTED = {"understanding": "words in an assistant turn", "drawing": "a picture in an assistant turn"}
+FLAGS = {"understanding": "--guard_understanding", "drawing": "--guard_drawing", "text": "--guard_text"}
+EXPECTED = {
+    "understanding": "words in an assistant turn",
+    "drawing": "a picture in an assistant turn",
+    "text": "a text without pictures",
+}
+# the third side: facts, sums and instructions that small chat models answer; "|" stands between right answers
+PLAIN_TEXT = Path(__file__).parent / "plain_text.jsonl"
+OFF = "off"
 EXAMPLES = {
     "understanding": "a few dozen pictures with a question and its answer",
     "drawing": "a few dozen pictures with captions",
@@ -39,6 +48,13 @@ class GuardArguments:
     )
     guard_drawing: list[str] | None = field(
         default=None, metadata={"help": "rows whose drawings are watched: paths or specs, as for --data"}
+    )
+    guard_text: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "questions without pictures whose answers are watched, as for --data; default: facts, sums and "
+            "instructions; off: none"
+        },
     )
     guard_steps: int | None = field(
         default=None,
@@ -68,7 +84,7 @@ def load_guard_rows(flags: GuardArguments, trained: Sequence[str], draws: bool) 
         draws: whether the checkpoint can draw.
 
     Returns:
-        rows with opened pictures for "understanding" and "drawing"; what is not watched is absent.
+        rows with opened pictures for "understanding", "drawing" and "text"; what is not watched is absent.
 
     Raises:
         ValueError: a source has no row of its side, the checkpoint cannot draw, or what `load_data` refuses.
@@ -77,6 +93,9 @@ def load_guard_rows(flags: GuardArguments, trained: Sequence[str], draws: bool) 
     if given["drawing"] and not draws:
         raise ValueError("--guard_drawing: this checkpoint cannot draw (gen_vision_config=None). Leave the flag out.")
     rows = {side: pick_rows(data, side, flags.guard_rows) for side, data in given.items() if data}
+    if flags.guard_text != [OFF]:
+        own = flags.guard_text is not None  # the set of ours is watched whole
+        rows["text"] = pick_rows(flags.guard_text or str(PLAIN_TEXT), "text", flags.guard_rows if own else sys.maxsize)
     for side in given:
         is_trained = {"understanding": "understanding", "drawing": "generation"}[side] in trained
         if side not in rows and (draws or side != "drawing"):
@@ -110,5 +129,7 @@ def pick_rows(data: Any, side: str, number: int) -> list[Row]:
 def _has_side(row: Row, side: str) -> bool:
     if side == "drawing":
         return count_pictures(row)[1] > 0
+    if side == "text" and sum(count_pictures(row)):
+        return False
     spoken = (part for message in row["messages"] if message["role"] == "assistant" for part in message["content"])
     return any(part["type"] == "text" and part["text"] for part in spoken)

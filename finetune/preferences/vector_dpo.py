@@ -27,7 +27,8 @@ SIGMA_PAIRS = 64  # pairs whose chosen drawings sigma is measured on
 class PiscesVectorDPOConfig(PiscesSFTConfig):
     """`PiscesSFTConfig` with what DPO on vectors adds."""
 
-    learning_rate: float = field(default=5e-5, metadata={"help": "peak learning rate"})
+    is_preference_training = True  # the rule for the learning rate is another one than for supervised rows
+
     # Diffusion-DPO's 2000, which multiplies half the mean over 16,384 latent values, is 0.12 for the sum over them
     beta: float = field(default=0.1, metadata={"help": "how strongly the drawings are held to the base's"})
     sigma: float | None = field(

@@ -15,7 +15,7 @@ from finetune.data.picture_cache import KINDS, CachedPictureCollator, PictureCac
 from finetune.data.schema import Row
 from finetune.guard.rows import load_guard_rows
 from finetune.training.dry_run import print_report
-from finetune.training.recipe import RecipeArguments, Rows, check_sides, load_rows
+from finetune.training.recipe import RecipeArguments, Rows, check_sides, load_rows, rehearse
 from finetune.training.sft_config import PiscesSFTConfig
 
 
@@ -70,7 +70,8 @@ def prepare(
     cache = _open_cache(recipe, model.get_base_model(), processor)
     limits = {"max_length": training.max_length, "pack_to": recipe.pack_to, "seed": training.seed}
     limits |= {"unopened": cache is not None}
-    rows = load_rows(recipe.data, processor, model, **limits)
+    rehearsal = rehearse(recipe, training, model, processor)
+    rows = load_rows(recipe.data, processor, model, rehearsal=rehearsal, **limits)
     eval_rows = load_rows(recipe.eval_data, processor, model, **limits) if recipe.eval_data else None
     if takes is not None:
         check_sides(rows, takes, advice)

@@ -26,6 +26,8 @@ from finetune.flags.parsing import parse_classes
 from finetune.guard.rows import GuardArguments
 from finetune.training import packed_attention
 from finetune.training.adapters import AdapterConfig, quantization_config
+from finetune.training.learning_rate import settle_learning_rate
+from finetune.training.rehearsal import ROW_PREFIX, Rehearsal, prepare_rehearsal
 from finetune.training.sft_config import PiscesSFTConfig
 from finetune.training.starts import identify_rows
 from pisces_commands.arguments import UsageError
@@ -43,6 +45,13 @@ class RecipeArguments(GuardArguments):
     pack_to: int | None = field(default=None, metadata={"help": "put several rows into one of at most so many tokens"})
     picture_cache: str | None = field(
         default=None, metadata={"help": "folder of finetune.precompute: towers do not run on the pictures it holds"}
+    )
+    rehearse: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of rows that are everyday questions with the model's own answers, to keep what it knows; "
+            "default: 0.2 for a checkpoint with new tokens, otherwise 0"
+        },
     )
     resume: bool = field(default=True, metadata={"help": "go on from the last complete checkpoint in --output_dir"})
     dry_run: bool = field(
@@ -147,7 +156,15 @@ def load_checkpoint(settings: AdapterConfig, training: PiscesSFTConfig, draws: b
     if draws and not model.config.has_generation:
         raise ValueError(f"{name} has gen_vision_config=None: it cannot draw. Use finetune.lora_understanding.")
     model.config.use_cache = False
+    settle_learning_rate(training, model, settings.flavour)
     return processor, model
+
+
+def rehearse(recipe: RecipeArguments, training: PiscesSFTConfig, model: Any, processor: Any) -> Rehearsal | None:
+    """What `--rehearse` mixes into the rows; a dry run, which writes nothing, has none."""
+    if recipe.dry_run:
+        return None
+    return prepare_rehearsal(recipe.rehearse, training.output_dir, model, processor)
 
 
 def load_rows(
@@ -158,6 +175,7 @@ def load_rows(
     pack_to: int | None = None,
     seed: int = 0,
     unopened: bool = False,
+    rehearsal: Rehearsal | None = None,
 ) -> Rows:
     """Read a data specification, leave out rows that are too long, and pack the rest if asked.
 
@@ -166,6 +184,7 @@ def load_rows(
         pack_to: tokens of a packed row. The model's "sdpa" attention then becomes "packed_sdpa", which computes
             nothing between samples.
         unopened: rows keep their pictures as paths or bytes, for a collator that finds them in a cache.
+        rehearsal: of `rehearse`; mixed in, and counted as a side of its own.
 
     Raises:
         ValueError: no row is left, a limit is beyond the model's positions, or what `load_data` refuses.
@@ -174,7 +193,7 @@ def load_rows(
     limit = min((value for value in (max_length, pack_to, positions) if value is not None), default=sys.maxsize)
     if pack_to is not None and model.config.text_config._attn_implementation == "sdpa":
         model.set_attn_implementation({"text_config": packed_attention.NAME})
-    rows = load_data(data, seed)
+    rows = load_data(data, seed, beside=rehearsal)
     if isinstance(rows, IterableDataset):
         if unopened:
             raise ValueError(f"{data} is a stream, which --picture_cache does not read. Leave one of them out.")
@@ -183,7 +202,11 @@ def load_rows(
     for source in getattr(rows, "sources", [rows]):
         if source.unused:
             logger.warning(f"{source.name}: not used: {describe_unused(source.unused)}. See docs/data.md.")
-    facts = [(row["id"], side_of(row)) for row in rows.iter_rows()]
+    is_own = rehearsal is not None
+    facts = [
+        (row["id"], "rehearsal" if is_own and str(row["id"]).startswith(ROW_PREFIX) else side_of(row))
+        for row in rows.iter_rows()
+    ]
     kept = [index for index, length in enumerate(lengths) if length <= limit]
     too_long = [(row_id, length) for (row_id, _), length in zip(facts, lengths, strict=True) if length > limit]
     if not kept:
@@ -244,5 +267,5 @@ def check_sides(rows: Rows, expected: set[str], advice: str) -> None:
     Raises:
         ValueError: counts by side, and what to use instead.
     """
-    if other := {side: count for side, count in rows.sides.items() if side not in expected}:
+    if other := {side: count for side, count in rows.sides.items() if side not in {*expected, "rehearsal"}}:
         raise ValueError(f"the data has rows that this recipe does not train: {other}. {advice}")

@@ -14,10 +14,11 @@ import torch
 from datasets import Dataset
 
 from finetune.flags.names import use_new_names
-from finetune.flags.ranges import check_ranges
+from finetune.flags.ranges import AUTO, AutoOrNumber, check_ranges
 from finetune.training.adapter_card import write_card
 from finetune.training.adapters import train_in_full_precision
 from finetune.training.checkpoints import check_finite, whole_or_nothing
+from finetune.training.learning_rate import flavour_of, settle_learning_rate
 
 
 if TYPE_CHECKING:  # both classes here stand in front of one of TRL's
@@ -32,8 +33,11 @@ REFERENCE = "ref"  # TRL's name for its copy of an adapter
 class RunDefaults(TrainingArguments):
     """Defaults that differ from TRL's."""
 
-    # TRL's preference trainers take 1e-6, for all weights; adapters take ten times as much, as its documentation says
-    learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
+    is_preference_training = True  # the rule for the learning rate is another one than for supervised rows
+
+    learning_rate: AutoOrNumber = field(  # type: ignore[assignment]
+        default=AUTO, metadata={"help": "peak learning rate, or auto: by the model's width, see docs/finetune.md"}
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations; saves memory, costs LoRA half of a step more"}
     )
@@ -80,6 +84,8 @@ class RunHabits(Trainer):
     stand_in: dict[str, Any] = {}  # a row that shows TRL's constructor what kind of data comes
 
     def __init__(self, model, args, train_dataset, eval_dataset=None, processing_class=None, **kwargs):
+        if args.learning_rate == AUTO:  # the recipes have settled it when they loaded the model
+            settle_learning_rate(args, model, flavour_of(model))
         # TRL takes `datasets` only. Its constructor looks at one row and at nothing else, so it gets one of these, and
         # ours, which open their pictures when a row is asked for, take their place.
         stand_in = Dataset.from_list([self.stand_in])

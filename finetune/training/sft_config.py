@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import SFTConfig
 
+from finetune.flags.ranges import AUTO, AutoOrNumber
 from finetune.training.run_habits import RunDefaults
 
 
@@ -29,7 +30,11 @@ REFUSED = {
 class PiscesSFTConfig(RunDefaults, SFTConfig):
     """`SFTConfig` with the defaults that fit both sides of a Pisces. `max_length` leaves longer rows out, uncut."""
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate (LoRA's usual 1e-4 to 2e-4)"})
+    is_preference_training = False
+
+    learning_rate: AutoOrNumber = field(  # type: ignore[assignment]
+        default=AUTO, metadata={"help": "peak learning rate, or auto: by the model's width, see docs/finetune.md"}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "rows with more tokens are left out, never cut; None: the model's positions"}
     )

@@ -8,7 +8,7 @@ import torch
 from numpy.random import Generator
 from PIL import Image
 
-from conversion.assembly.chat_formats import FORMATS, make_chat_template
+from conversion.assembly.chat_formats import make_chat_template
 from modeling_pisces import PiscesProcessor
 from tests.fixtures import make_processor, make_tokenizer
 from tests.fuzz.outcomes import Refusable, Wrong
@@ -65,8 +65,7 @@ def make_family(name: str) -> PiscesProcessor:
         return base
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": FAMILIES[name]})
-    tokenizer.chat_template = FORMATS[name].marker
-    template = make_chat_template(tokenizer, "<|image|>", "<|gen_image|>").template
+    template = make_chat_template(tokenizer, "<|image|>", "<|gen_image|>", chat_format=name).template
     parts = (base.image_processor, base.gen_image_processor, tokenizer, template)
     return PiscesProcessor(*parts, num_image_tokens=9, num_gen_image_tokens=4)
 

@@ -1,0 +1,76 @@
+"""The learning rate that fits a model: a rule from its width, for `--learning_rate auto`, and a warning far above it.
+
+`load_checkpoint` calls `settle_learning_rate` once the model is known, so that a wrong rate is seen before the first
+step. The rule is for adapters with AdamW; recipes on preferences and rewards take a smaller share of it.
+"""
+
+from typing import Any
+
+from transformers.utils import logging
+
+from finetune.flags.ranges import AUTO
+
+
+logger = logging.get_logger(__name__)
+
+# LoRA: ten times what full finetuning takes, falling with the width; a fit over sweeps of Llama models, rank 1 to 512,
+# alpha 32. Source: Schulman et al., "LoRA Without Regret", Thinking Machines (2025), and its tinker-cookbook
+# (hyperparam_utils): 5e-5 * 10 * (2000 / width) ** 0.781.
+BASE_RATE = 5e-5
+LORA_FACTOR = 10
+REFERENCE_WIDTH = 2000
+WIDTH_EXPONENT = 0.781
+# "full" trains whole matrices beside LoRA, which take less; half, between the two that the source gives
+FULL_FACTOR = 0.5
+# preferences and rewards: 1e-4 where the SFT recipes took 2e-3, as the configs of pisces-tiny were tuned
+PREFERENCE_FACTOR = 0.05
+FAR_ABOVE = 2.5
+
+
+def rule_of_thumb(width: int, flavour: str = "portable", preferences: bool = False) -> float:
+    """Peak learning rate for an adapter on a language model of this width, two digits.
+
+    Args:
+        width: hidden size of the language model.
+        flavour: "portable" or "full".
+        preferences: for DPO and GRPO instead of supervised finetuning.
+    """
+    rate = BASE_RATE * LORA_FACTOR * (REFERENCE_WIDTH / width) ** WIDTH_EXPONENT
+    rate *= FULL_FACTOR if flavour == "full" else 1
+    rate *= PREFERENCE_FACTOR if preferences else 1
+    return float(f"{rate:.1e}")
+
+
+def settle_learning_rate(training: Any, model: Any, flavour: str) -> float:
+    """Put the rule's value where "auto" stands, print what is used, and warn of a value far above the rule.
+
+    Args:
+        training: the arguments of a trainer; its `learning_rate` is a number afterwards.
+        model: the loaded checkpoint.
+        flavour: of the adapter.
+
+    Returns:
+        the rule's value.
+    """
+    width = model.config.text_config.hidden_size
+    rule = rule_of_thumb(width, flavour, preferences=getattr(training, "is_preference_training", False))
+    is_first = training.process_index == 0
+    if training.learning_rate == AUTO:
+        training.learning_rate = rule
+        if is_first:
+            print(f"learning rate {rule:g}: the rule for a width of {width}, flavour {flavour}", flush=True)
+    elif is_first:
+        print(f"learning rate {training.learning_rate:g}; the rule for a width of {width} is {rule:g}", flush=True)
+    if training.learning_rate > FAR_ABOVE * rule:
+        logger.warning(
+            f"--learning_rate {training.learning_rate:g} is {training.learning_rate / rule:.1f} times the {rule:g} "
+            f"that fits a language model of width {width}; it can lose what it knew. Use --learning_rate auto, and "
+            "watch the guard's text."
+        )
+    return rule
+
+
+def flavour_of(model: Any) -> str:
+    """The flavour of an adapter that is on a model already."""
+    config = getattr(model, "peft_config", {}).get("default")
+    return "full" if config is None or config.modules_to_save else "portable"
