@@ -127,10 +127,8 @@ _SKELETON = """\
     {%- if message['role'] == 'assistant' %}
         {{- ASSISTANT_HEADER }}
         {%- generation %}
-            {%- if message['content'] is string or not message['content'] or message['content'][0]['type'] != 'image'
-            %}
-                {{- ANSWER_LEAD }}
-            {%- endif %}
+            {%- set first = none if message['content'] is string else message['content'] | first %}
+            {%- if not first or first['type'] != 'image' %}{{- ANSWER_LEAD }}{%- endif %}
             {%- if message['content'] is string %}
                 {{- message['content']TRIM }}
             {%- else %}
@@ -204,8 +202,8 @@ def make_chat_template(
         template, name = Path(file).read_text(encoding="utf-8"), Path(file).name
     elif problem is not None:
         raise ValueError(
-            f"the language model's own chat template cannot be followed with pictures: {problem}. Choose how turns are
-            " f"written with --chat_format ({', '.join(FORMAT_NAMES)}), or give a template with --chat_template FILE."
+            f"the language model's own chat template cannot be followed with pictures: {problem}. Choose how turns "
+            f"are written with --chat_format ({', '.join(FORMAT_NAMES)}), or give a template with --chat_template FILE."
         )
     elif form is None:
         template = default_chat_template(image_token, gen_image_token)

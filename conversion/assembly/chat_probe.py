@@ -1,4 +1,4 @@
-"""Reads off a language model's own chat template how it writes turns, by rendering conversations with marked contents.
+"""Reads off a language model's own chat template how it writes turns, by rendering conversations of known contents.
 
 `chat_formats` calls `read_own_format`, fills its own template with what was found, and checks it with
 `differing_probe`: a format may be said to be the model's own only where every probe renders equal, character for

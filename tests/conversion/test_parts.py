@@ -155,3 +155,35 @@ def test_a_pickle_that_is_no_flat_dictionary_of_tensors_is_refused(tmp_path):
     as_pickle(folder, {"state_dict": {"weight": torch.zeros(1)}})
     with pytest.raises(ValueError, match=r"pytorch_model.bin: holds a dict, expected a flat dictionary of tensors"):
         open_part(str(folder), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["./here/nothing", "../nothing/there", "~/nothing/at/all", "/no/such/folder", "a/b/c"]
+)
+def test_what_can_only_be_a_path_is_never_asked_for_a_commit(name):
+    with pytest.raises(ValueError, match="no such folder") as error:
+        open_part(name)
+    assert "commit" not in str(error.value) and "revision is" not in str(error.value)
+
+
+def test_two_words_under_a_folder_that_is_here_are_a_path(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"runs/mine: no such folder"):
+        open_part("runs/mine", role="vision_tower")
+    with pytest.raises(ValueError, match=rf"runs/mine at {COMMIT}: the Hub did not give it"):
+        open_part("runs/mine", COMMIT, role="vision_tower")  # with a commit it is a Hub id
+
+
+def test_a_missing_gguf_file_is_no_hub_id():
+    with pytest.raises(ValueError, match=r"language_model owner/model\.gguf: no such file\."):
+        open_part("owner/model.gguf")
+    with pytest.raises(ValueError, match=r"vision_tower model\.gguf: a GGUF file holds a language model"):
+        open_part("model.gguf", role="vision_tower")
+
+
+def test_a_gguf_file_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs the package gguf: pip install gguf"):
+        open_part(str(tmp_path / "model.gguf"))
