@@ -203,7 +203,7 @@ def make_chat_template(
     elif problem is not None:
         raise ValueError(
             f"the language model's own chat template cannot be followed with pictures: {problem}. Choose how turns "
-            f"are written with --chat_format ({', '.join(FORMAT_NAMES)}), or give a template with --chat_template FILE."
+            f"are written with --chat_format ({', '.join(FORMAT_NAMES)}), or give a template: --chat_template FILE."
         )
     elif form is None:
         template = default_chat_template(image_token, gen_image_token)

@@ -47,6 +47,9 @@ class AdapterConfig(ModelConfig):
             "help": "regular expression over full module names; default: all linear layers of the language model"
         },
     )
+    adapter_dtype: str = field(
+        default="float32", metadata={"help": "in which the finished adapter is stored: float32, bfloat16 or float16"}
+    )
     torchao: str | None = field(
         default=None, metadata={"help": "quantize the language model with torchao: int8, int4"}
     )
@@ -56,6 +59,8 @@ class AdapterConfig(ModelConfig):
         super().__post_init__()
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype {self.dtype}: expected auto, float32, bfloat16 or float16.")
+        if self.adapter_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"--adapter_dtype {self.adapter_dtype}: expected float32, bfloat16 or float16.")
         if self.flavour not in FLAVOURS:
             raise ValueError(f"--flavour {self.flavour}: expected one of {', '.join(FLAVOURS)}.")
         if self.flavour == "portable" and self.use_dora:

@@ -16,9 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from accelerate import PartialState
 from huggingface_hub import CommitOperationAdd, HfApi
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -138,6 +140,7 @@ def save_run(
         trainer.save_model(str(folder), _internal_call=True)  # gathers shards; the push is ours, below
         if trainer.is_world_process_zero():
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
+            store_adapter_in(folder, adapter.adapter_dtype)
             _write_records(trainer, folder, name, recipe, adapter, rows)
     except WRITE_ERRORS as error:
         last = last_complete_checkpoint(folder)
@@ -211,6 +214,21 @@ def _judge(trainer, folder: Path, recipe, adapter: AdapterConfig, rows: Rows) ->
     if change:
         logger.warning(f"this run has hardly learned its pictures: {facts['said']} {change}")
     return {**facts, "advice": change}
+
+
+def store_adapter_in(folder: Path, dtype: str) -> None:
+    """Store a finished adapter in another dtype; checkpoints of the run, from which it goes on, stay in fp32.
+
+    Raises:
+        ValueError: float16 cannot hold a value.
+    """
+    path = folder / "adapter_model.safetensors"
+    if dtype == "float32" or not path.is_file():
+        return
+    state = {name: value.to(getattr(torch, dtype)) for name, value in load_file(path).items()}
+    if lost := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f"--adapter_dtype {dtype}: {lost[0]} has values that it cannot hold. Use bfloat16.")
+    write_whole(path, lambda target: save_file(state, target, metadata={"format": "pt"}))
 
 
 def _name_base(folder: Path, base: str, revision: str | None) -> None:

@@ -259,7 +259,9 @@ STRANGE = {
 @pytest.mark.parametrize("template", STRANGE.values(), ids=STRANGE)
 def test_a_template_that_cannot_be_followed_stops_and_asks(template):
     tokenizer = make_tokenizer(IM, (None, "<|im_end|>"), False, template)
-    message = r"own chat template cannot be followed with pictures: .* --chat_format \(llama3, chatml.*--chat_template"
+    message = (
+        r"own chat template cannot be followed with pictures: .* --chat_format \(llama3, chatml.*--chat_template FILE"
+    )
     with pytest.raises(ValueError, match=message) as error:
         make_chat_template(tokenizer, "<|image|>", "<|gen_image|>")
     assert "\n" not in str(error.value)

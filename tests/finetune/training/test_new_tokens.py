@@ -9,6 +9,7 @@ from transformers import AutoModelForMultimodalLM
 from conversion.merge_adapter import merge_adapter
 from finetune.data.collator import PiscesDataCollator
 from finetune.training.adapters import AdapterConfig, add_adapter
+from finetune.training.run_folder import store_adapter_in
 from tests.finetune.lora_fixtures import make_rows, make_trainer
 from tests.fixtures import make_model, make_processor
 
@@ -112,3 +113,32 @@ def test_an_adapter_switched_off_leaves_the_base_s_rows(tmp_path):
         with model.eval().disable_adapter():
             assert torch.equal(model(**batch).logits, before)
         assert not torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_adapter_is_stored_in_the_dtype_asked_for(dtype, tmp_path):
+    model = adapted_model(tied=False, flavour="full")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    before, size = load_file(path), path.stat().st_size
+    store_adapter_in(tmp_path, dtype)
+    after = load_file(path)
+    assert after.keys() == before.keys() and {value.dtype for value in after.values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(after[name], before[name].to(after[name].dtype)) for name in before)
+    assert path.stat().st_size < 0.6 * size
+    base = make_model(tie_word_embeddings=False, **CONFIG)
+    assert torch.isfinite(PeftModel.from_pretrained(base, tmp_path)(torch.tensor([[1, 2]])).logits).all()
+
+
+def test_an_adapter_that_float16_cannot_hold_stays_as_it_is(tmp_path):
+    model = adapted_model(tied=False)
+    next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(1e6)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--adapter_dtype float16: .*lora_B.* has values that it cannot hold"):
+        store_adapter_in(tmp_path, "float16")
+    assert {value.dtype for value in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def test_an_unknown_adapter_dtype_is_refused():
+    with pytest.raises(ValueError, match="--adapter_dtype int8: expected float32, bfloat16 or float16"):
+        AdapterConfig(model_name_or_path="x", adapter_dtype="int8")
