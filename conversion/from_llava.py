@@ -71,7 +71,7 @@ def from_llava(
     if generation is not None:
         add_drawing_tokens(llava_processor.tokenizer, own, part.name)
         parts["gen_vision_tower"], settings = generation.open()
-        own |= settings
+        own |= {**settings, "new_token_ids": sorted(own.values())}  # their rows were never trained
     config = config_to_pisces(llava_config, part.config, own, part.name)
     tensors, left_out = rename_all(part.tensors, LLAVA_TO_PISCES, part.name)
     plan = [PlannedTensor(name, source, part="llava") for name, source in tensors.items()]

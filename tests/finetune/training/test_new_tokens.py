@@ -134,7 +134,7 @@ def test_an_adapter_that_float16_cannot_hold_stays_as_it_is(tmp_path):
     model = adapted_model(tied=False)
     next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(1e6)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="--adapter_dtype float16: .*lora_B.* has values that it cannot hold"):
+    with pytest.raises(ValueError, match=r"--adapter_dtype float16: .*lora_B.* has values that it cannot hold"):
         store_adapter_in(tmp_path, "float16")
     assert {value.dtype for value in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
 

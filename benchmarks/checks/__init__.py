@@ -1,0 +1,1 @@
+"""What benchmarks measure on loaded models, apart from the commands that make them."""
