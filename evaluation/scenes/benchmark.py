@@ -231,11 +231,17 @@ def describe_protocol(arguments: argparse.Namespace, pipeline) -> str:
     )
 
 
-def read_settings(arguments: argparse.Namespace, pipeline) -> dict[str, Any]:
-    """Everything that decides the numbers."""
-    data, names = Path(arguments.data), ("num_questions", "num_reconstructions", "num_prompts", "images_per_prompt")
+def begin(arguments: argparse.Namespace, pipeline) -> tuple[dict[str, Any], KeptBatches]:
+    """Everything that decides the numbers, and the folder beside the results file in which a killed run goes on.
+
+    Raises:
+        ValueError: it was begun with other flags, data or weights.
+    """
+    data, output = Path(arguments.data), Path(arguments.output)
+    names = ("num_questions", "num_reconstructions", "num_prompts", "images_per_prompt")
+    folder = output.with_name(output.stem + "_unfinished")
     checkpoint, adapters = find_model(arguments.model, arguments.adapter)
-    return {
+    settings = {
         "model": arguments.model,
         "weights": identify_weights(str(checkpoint)),
         **({"adapters": identify_adapters(adapters)} if adapters else {}),
@@ -243,6 +249,8 @@ def read_settings(arguments: argparse.Namespace, pipeline) -> dict[str, Any]:
         **{name: getattr(arguments, name) for name in names},
         "drawing": describe_settings(pipeline),
     }
+    keep_settings(folder / "run.json", settings, describe_machine())
+    return settings, KeptBatches(folder)
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -262,10 +270,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = prompts[: arguments.num_prompts]
     silhouettes = load_silhouettes(data)
     pipeline = load_pipeline(arguments)
-    output, settings, facts = Path(arguments.output), read_settings(arguments, pipeline), describe_machine()
-    folder = output.with_name(output.stem + "_unfinished")
-    keep_settings(folder / "run.json", settings, facts)
-    kept = KeptBatches(folder)
+    settings, kept = begin(arguments, pipeline)
 
     parts: dict[str, Any] = {"adapters": arguments.adapter} if arguments.adapter else {}
     for wording in ("question", "paraphrase"):
@@ -284,13 +289,14 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     words = json.loads((data / "shapes.json").read_text(encoding="utf-8"))
     outcomes, described = describe_drawings(pipeline, prompts, words, kept=kept)
     parts["interleaved"] = drawing_summary(outcomes)
+    output = Path(arguments.output)
     results = make_results(
         "scenes",
         arguments.model,
         parts,
         settings,
         command=current_command(),
-        facts=facts,
+        facts=describe_machine(),
         protocol=describe_protocol(arguments, pipeline),
         start=start,
     )
@@ -298,7 +304,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     save_sample(table, output.with_name(output.stem + "_answers.json"))
     save_sample(described, output.with_name(output.stem + "_descriptions.json"))
     write_json(output, results)  # last: where it is, the run is finished
-    shutil.rmtree(folder)
+    shutil.rmtree(output.with_name(output.stem + "_unfinished"))
     return results
 
 

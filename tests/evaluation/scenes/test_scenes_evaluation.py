@@ -109,7 +109,8 @@ def test_the_protocol_says_whether_training_showed_the_combinations(data, tmp_pa
     ],
 )
 def test_the_protocol_states_the_temperature_in_force_also_where_the_checkpoint_names_none(head, own, words):
-    model = SimpleNamespace(config=SimpleNamespace(gen_head_type=head), generation_config=SimpleNamespace(**own))
+    backbone = SimpleNamespace(gen_head=SimpleNamespace(is_stochastic=head == "flow"))
+    model = SimpleNamespace(model=backbone, generation_config=SimpleNamespace(**own))
     config = SimpleNamespace(default_num_inference_steps=20, default_guidance_scale=1.0)
     said = scenes.describe_settings(SimpleNamespace(config=config, vision_language_model=model))
     assert said == "20 steps, guidance 1.0" + (f", {words}" if words else "")
