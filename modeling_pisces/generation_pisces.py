@@ -102,7 +102,7 @@ class PiscesGenerationMixin(GenerationMixin):
                 the model itself opens an image.
             guidance_scale: while drawing, classifier-free guidance of the vectors: a prompt and its empty prompt are
                 two rows of one batch, and v = v_empty + guidance_scale * (v_prompt - v_empty) is fed back to both.
-                The "flow" head guides the velocity of each Euler step, from one noise for both. In "interleaved" mode
+                The "flow" head guides the velocity of each step, from one noise for both. In "interleaved" mode
                 text comes from the prompts alone, and what is empty sees the vectors of the image being drawn and no
                 other. None or 1 is off. In "text" mode it is GenerationMixin's guidance of tokens.
             negative_prompt_ids: (B or 1, T) the empty prompt, or one to keep away from; `<|gen_start|>` is added if
@@ -116,7 +116,7 @@ class PiscesGenerationMixin(GenerationMixin):
                 from generator i alone. ("image" and "interleaved" mode.)
             image_temperature: scales the "flow" head's noise; 0 draws the same image each time. None takes what the
                 checkpoint's generation_config.json says under this name, or 1.
-            num_flow_steps: Euler steps of the "flow" head per vector; None takes the config's.
+            num_flow_steps: steps of the "flow" head per vector; None takes the config's.
             kwargs: everything that `GenerationMixin.generate` takes.
 
         Returns:

