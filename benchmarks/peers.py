@@ -26,9 +26,9 @@ from transformers.utils import logging
 
 from benchmarks.contestants.models import CONTESTANTS, EMU3_TIMED, EMU3_TOKENS, Run
 from benchmarks.floors.checking import RETURN_MEMORY, resident, seconds
-from modeling_pisces.arguments_pisces import COUNT, LineParser
-from modeling_pisces.command_ending_pisces import run_command
-from modeling_pisces.measurement_pisces import write_result
+from pisces_commands.arguments import COUNT, LineParser
+from pisces_commands.ending import run_command
+from pisces_commands.measurement import write_result
 
 
 SHAPES = ("384x6", "512x8", "768x10")
