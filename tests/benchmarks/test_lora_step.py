@@ -1,78 +1,16 @@
-"""Claims about `benchmarks.lora_gpu` and `benchmarks.lora_step`: they run, and count what they say."""
+"""Claims about `benchmarks.lora_step`: it runs, and counts what it says."""
 
-import json
 import random
-import sys
 
 import pytest
-import torch
 import transformers
 from packaging import version
-from transformers import LlamaConfig
 
-from benchmarks import lora_gpu as benchmark_gpu
 from benchmarks import lora_models as benchmark_models
 from benchmarks import lora_step as benchmark_step
 
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
-
-
-def run(monkeypatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", *flags])
-    benchmark_gpu.main()
-
-
-def test_the_gpu_script_runs_at_toy_size_and_its_losses_fall(monkeypatch, tmp_path):
-    output = tmp_path / "results.json"
-    run(monkeypatch, "--preset", "tiny", "--device", "cpu", "--steps", "3", "--output", str(output))
-    results = json.loads(output.read_text(encoding="utf-8"))
-    settings = results["settings"]
-    expected = benchmark_gpu.settings_of(benchmark_gpu.PRESETS["tiny"], "cpu")
-    assert [line["packed"] for line in settings] == [setting.packed for setting in expected]
-    for line in settings:
-        assert line["last_loss"] < line["first_loss"]
-        assert line["tokens_per_s"] == pytest.approx(line["num_tokens"] / line["step_s"], rel=1e-2)
-        assert line["mfu"] is None and line["peak_memory_gib"] > 0
-    assert results["versions"]["torch"] == torch.__version__ and results["command"].endswith(str(output))
-
-
-def test_the_large_preset_without_a_gpu_ends_in_one_line(monkeypatch, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        run(monkeypatch, "--preset", "8b", "--device", "cpu", "--output", str(tmp_path / "results.json"))
-    assert end.value.code == 2
-    assert "--preset 8b needs a GPU, and there is none. Use --preset tiny" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_the_utilisation_of_the_public_mark_is_what_it_says(monkeypatch):
-    """NVIDIA's 12,473 tokens/s of Llama-3-8B on one H100 are 402 TFLOP/s, 0.41 of its peak."""
-    text = LlamaConfig(**benchmark_gpu.PRESETS["8b"].text)
-    assert benchmark_gpu.num_parameters(text) == 8_030_261_248 - 65 * 4096  # Llama-3.1-8B without its norms
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
-    found = benchmark_gpu.utilisation(benchmark_gpu.num_parameters(text), 12473, "cuda")
-    assert found == pytest.approx(402 / 989, abs=0.003)
-    assert benchmark_gpu.utilisation(1, 1.0, "cpu") is None
-
-
-def test_a_packed_batch_holds_more_samples_than_a_padded_one_of_its_size():
-    config = benchmark_gpu.make_config(benchmark_gpu.PRESETS["tiny"])
-    padded, packed = (benchmark_gpu.make_batch(config, 2048, p, torch.float32, "cpu") for p in (False, True))
-    assert packed["num_samples"] > padded["num_samples"]
-    for made in (padded, packed):
-        assert made["batch"]["input_ids"].numel() <= 2048
-    assert packed["batch"]["input_ids"].numel() == packed["num_tokens"]
-    assert int(padded["batch"]["attention_mask"].sum()) == padded["num_tokens"]
-
-
-def test_quantized_layers_are_nf4_and_train_an_adapter():
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    preset = benchmark_gpu.PRESETS["tiny"]
-    model = benchmark_gpu.make_adapted(preset, "cpu", quantized=True)
-    layers = model.get_base_model().model.language_model.layers
-    assert type(layers[0].mlp.up_proj.base_layer) is bitsandbytes.nn.Linear4bit
-    setting = benchmark_gpu.Setting(512, quantized=True)
-    numbers = benchmark_gpu.measure(model, setting, preset, "cpu", steps=3)
-    assert numbers["last_loss"] < numbers["first_loss"]
 
 
 @pytest.fixture

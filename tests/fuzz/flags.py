@@ -77,7 +77,9 @@ COMMANDS = (
         "finetune.parts.assemble", "finish --checkpoint {d}/model --decoder {d}/decoder --output {d}/out", "finish"
     ),
     Command("benchmarks.lora_step", _BENCHMARK, "measure_understanding"),
-    Command("benchmarks.lora_gpu", _BENCHMARK + " --preset tiny --device cpu", "make_adapted"),
+    Command("benchmarks.gpu", _BENCHMARK + " --preset tiny --device cpu", "measure_all"),
+    Command("benchmarks.roofline", _BENCHMARK, "tasks"),
+    Command("benchmarks.peers", _BENCHMARK, "measure"),
     Command(
         "conversion.assemble",
         "--language_model {d}/a --vision_tower {d}/b --gen_vision_tower {d}/c " + _CONVERT,
@@ -112,7 +114,7 @@ COMMANDS = (
     Command("benchmarks.llava_round_trip", _BENCHMARK, "measure"),
     Command("benchmarks.assemble", _BENCHMARK, "write_parts"),
     Command("benchmarks.import_time", _BENCHMARK, "loaded_files"),
-    Command("benchmarks.draw", "--model {d}/a " + _BENCHMARK, "PiscesPipeline"),
+    Command("benchmarks.draw", "--model {d}/a " + _BENCHMARK, "drawer"),
     Command("benchmarks.new_concept", "--model {d}/a --work {d}/work " + _BENCHMARK, "measure"),
     Command("benchmarks.image_generation", _BENCHMARK, "make_models"),
     Command("demo.run_demo", "--model {d}/a --output {d}/out", "show"),

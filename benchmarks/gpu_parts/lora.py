@@ -1,9 +1,8 @@
 """LoRA on both sides at the size of Llama-3.1-8B on one GPU: tokens per second, utilisation, memory, by setting.
 
-`python -m benchmarks.lora_gpu --output results/finetune_gpu.json` builds random weights on the device, needs no
-download, and writes the file after every setting, so that a run cut short keeps what it measured. `--preset tiny` runs
-the same code on any processor. Rows are a mix of drawings, short and long answers about a picture; towers are not run
-(their outputs come from a cache, see `finetune.precompute`), every weight of the language model has an adapter.
+`benchmarks.gpu` calls it. Weights are random and made on the device. Rows are a mix of drawings, short and long
+answers about a picture; towers are not run (their outputs come from a cache, see `finetune.precompute`), every weight
+of the language model has an adapter.
 
 Model FLOP utilisation = 4 N tokens/s / peak, where N counts the language model's parameters and tokens are real ones,
 no padding: LoRA needs the forward pass (2 N) and the gradients of activations (2 N), not those of weights. The same
@@ -11,28 +10,20 @@ formula gives the public mark: 12,473 tokens/s are 402 TFLOP/s, 0.41 of one H100
 the layers alone. Recomputation by gradient checkpointing is not counted as useful.
 """
 
-import argparse
-import gc
 import importlib.util
 import random
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import peft
 import torch
-import transformers
 from torch import nn
-from transformers.utils import logging
 
 from finetune.data.packing import pack_batch
 from finetune.training import packed_attention
 from finetune.training.adapters import AdapterConfig, add_adapter
 from finetune.training.sft_trainer import peak_memory_gib
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration
-from pisces_commands.arguments import COUNT, LineParser
-from pisces_commands.ending import run_command
-from pisces_commands.measurement import write_result
 
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}  # dense bf16, NVIDIA's data sheets of the SXM boards
@@ -98,19 +89,19 @@ PRESETS = {
 
 
 def settings_of(preset: Preset, device: str) -> list[Setting]:
-    """Padded and packed at each size; then, at the largest, what else may be switched."""
-    settings = [
-        Setting(tokens, packed, packed_attention.NAME if packed else "sdpa")
-        for tokens in preset.tokens
-        for packed in (False, True)
-    ]
-    largest = settings[-1]
-    settings += [replace(largest, attention="sdpa"), replace(largest, gradient_checkpointing=True)]
+    """In the order of their value: packed at the middle size, padded, what else may be switched; 4 bits last.
+
+    The quantized ones come together because they need a model of their own.
+    """
+    middle = Setting(sorted(preset.tokens)[len(preset.tokens) // 2])
+    padded = replace(middle, packed=False, attention="sdpa")
+    settings = [middle, padded, replace(middle, gradient_checkpointing=True), replace(middle, attention="sdpa")]
     if device == "cuda":
-        settings.append(replace(largest, compiled=True))
+        settings.append(replace(middle, compiled=True))
+    settings += [replace(middle, tokens=tokens) for tokens in preset.tokens if tokens != middle.tokens]
     if importlib.util.find_spec("bitsandbytes") is not None:
-        smallest = replace(settings[1], quantized=True)
-        settings += [smallest, replace(smallest, gradient_checkpointing=True)]
+        smallest = Setting(min(preset.tokens) // 2, quantized=True)  # as finetune/configs/lora_joint_24gb.yaml
+        settings += [replace(smallest, gradient_checkpointing=True), smallest]
     return settings
 
 
@@ -273,41 +264,3 @@ def utilisation(num_weights: int, tokens_per_s: float, device: str) -> float | N
     name = torch.cuda.get_device_name() if device == "cuda" else device
     peak = next((tflops for board, tflops in PEAK_TFLOPS.items() if board in name), None)
     return None if peak is None else round(4 * num_weights * tokens_per_s / (peak * 1e12), 4)
-
-
-def main() -> None:
-    parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="results file to write")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="8b")
-    parser.add_argument("--steps", type=COUNT, default=10, help="timed steps of each setting")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    if arguments.preset == "8b" and arguments.device == "cpu":
-        parser.error("--preset 8b needs a GPU, and there is none. Use --preset tiny to try the script.")
-    logging.set_verbosity_error()
-    preset, device = PRESETS[arguments.preset], arguments.device
-    measured: dict[str, Any] = {
-        "preset": arguments.preset,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "formula": "mfu = 4 * N * tokens/s / peak; N: parameters of the language model, tokens without padding",
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
-        "settings": [],
-    }
-    model, is_quantized = None, None
-    for setting in settings_of(preset, device):
-        if setting.quantized != is_quantized:
-            del model
-            gc.collect()
-            model, is_quantized = make_adapted(preset, device, setting.quantized), setting.quantized
-        try:
-            numbers = measure(model, setting, preset, device, arguments.steps)
-        except torch.OutOfMemoryError:
-            numbers = {"out_of_memory": True}
-            torch.cuda.empty_cache()
-        measured["settings"].append(asdict(setting) | numbers)
-        bar = "mfu >= 0.50; a quantized setting <= 24 GiB"
-        write_result(arguments.output, "finetune_gpu", bar, measured)
-
-
-if __name__ == "__main__":
-    run_command(main)
