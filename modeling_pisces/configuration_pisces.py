@@ -207,8 +207,8 @@ class PiscesConfig(PreTrainedConfig):
             leaves the length of a vector open: drawn ones get sqrt(Dg), that of vectors with standard deviation 1.
         gen_flow_hidden_size: width of the flow network; None takes the text width.
         gen_flow_num_layers: residual blocks of the flow network.
-        gen_flow_num_steps: calls of the flow network that sample one vector, unless `generate` is told otherwise. 8
-            steps err as 16 of Euler's, see `PiscesFlowHead.sample`.
+        gen_flow_num_steps: calls of the flow network that sample one vector, unless `generate` is told otherwise;
+            see `PiscesFlowHead.sample` for what they cost in accuracy.
         gen_flow_num_samples: noise draws per vector and training step; more lower the variance of the loss.
         image_loss_weight: factor of the image loss in the total loss.
         gen_input_noise: standard deviation of Gaussian noise added, in training only, to the true vectors that are fed
@@ -251,7 +251,7 @@ class PiscesConfig(PreTrainedConfig):
     gen_loss_type: Literal["mse", "cosine"] = "mse"
     gen_flow_hidden_size: int | None = None
     gen_flow_num_layers: int = 3
-    gen_flow_num_steps: int = 8
+    gen_flow_num_steps: int = 6
     gen_flow_num_samples: int = 4
     image_loss_weight: float = 1.0
     gen_input_noise: float = 0.0

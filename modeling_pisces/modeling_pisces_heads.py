@@ -182,7 +182,8 @@ class PiscesFlowHead(nn.Module):
         """Follow the velocity from `noise`: (n, D), (n, Dg) -> (n, Dg).
 
         The solver is Adams-Bashforth's of two steps: one call of the network per step, as Euler's, of which it needs
-        twice as many for the same error (on pisces-tiny, 8 against 16: 0.016 % of the vectors' variance either way).
+        twice as many for the same error. On pisces-tiny, as a share of the vectors' variance: 0.016 % at 8 steps and
+        0.017 % at 16 of Euler's; 0.03 % at 6, 0.05 % at 5, 0.1 % at 4.
 
         With `guidance_scale`, `hidden` is (2n, D): prompts, then empty prompts. Both velocities are taken at the same
         point of one path and that path follows the guided one, as guided diffusion does at each step (Ho and Salimans,

@@ -164,7 +164,7 @@ def make_config(
         gen_pool_stride=gen_pool_stride,
         gen_flow_hidden_size=hidden_size,
         gen_flow_num_layers=3,
-        gen_flow_num_steps=8,
+        gen_flow_num_steps=6,
         image_token_id=ids["<|image|>"],
         gen_image_token_id=ids["<|gen_image|>"],
         gen_start_token_id=ids["<|gen_start|>"],
