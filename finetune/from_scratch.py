@@ -8,8 +8,10 @@ has a section of flags for each. A finished step is not repeated, an unfinished 
 and what a step was begun with cannot be changed behind its back. `docs/from_scratch.md` is the way through it.
 """
 
+import difflib
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,19 @@ from finetune.data.spec import parse_specs
 from finetune.flags.parsing import parse_flags_of, run_command
 from finetune.parts import gen_encoder, vision
 from finetune.parts.assemble import assemble, finish
-from finetune.parts.captioned import PictureData, load_pictures, prepare
-from finetune.parts.card import write_model_card
-from finetune.parts.plan import STAGES, Plan, flags_of, read_plan
-from finetune.parts.steps import StepRecords
+from finetune.parts.captioned import PictureData, has_changed, load_pictures, prepare
+from finetune.parts.trainer import check_sizes
+from finetune.scratch.card import write_model_card
+from finetune.scratch.plan import (
+    STAGES,
+    AssembleSettings,
+    EvaluateSettings,
+    Plan,
+    check_geometry,
+    flags_of,
+    read_plan,
+)
+from finetune.scratch.steps import StepRecords
 from finetune.train_stages import StageArguments, train_stage
 from pisces_commands.arguments import SEED, LineParser, UsageError
 from pisces_commands.measurement import current_command, current_commit, describe_hardware
@@ -42,7 +53,8 @@ class FromScratch:
 
     def __init__(self, plan: Plan, output: Path):
         # the decoder's recipe needs diffusers, which an understanding-only environment may lack
-        from finetune.parts import decoder, scores
+        from finetune.parts import decoder
+        from finetune.scratch import scores
 
         self.plan, self.output = plan, output
         self.decoder, self.scores = decoder, scores
@@ -69,17 +81,41 @@ class FromScratch:
     def _add_part(self, name: str, module: Any, folder: Path, **filled: Any) -> None:
         flags = {"data": str(self.train), "heldout": str(self.heldout), "output": str(folder), **filled}
         settings = {"seed": self.plan.seed, "bf16": self.bf16, **self.plan.sections[name]}
-        parse_flags_of(_flags_class(module), flags_of({**flags, **settings}))  # judged now, before any work
-        self.steps[name] = (settings, lambda: module.main(flags_of({**flags, **self._fitting(settings, name)})))
+        run = self._parse(_flags_class(module), name, {**flags, **settings})
+        self._judge(name, run)
+        fitting = lambda: {**settings, "batch_size": self._batch_size(name, run.batch_size)}  # noqa: E731
+        self.steps[name] = (settings, lambda: module.main(flags_of({**flags, **fitting()})))
 
-    def _fitting(self, settings: dict[str, Any], name: str) -> dict[str, Any]:
-        """The same with batches that the data can fill."""
-        number, default = len(load_pictures(self.train).records), 48
-        asked = settings.get("batch_size", default)
-        if number >= asked:
-            return settings
-        print(f"{name}: batches of {number} instead of {asked}, which is all that the data has.")
-        return {**settings, "batch_size": number}
+    @staticmethod
+    def _parse(kind: Any, name: str, settings: dict[str, Any]) -> Any:
+        """The flags of a step; a name that is not a whole one would be taken for what it begins."""
+        known = [field.name for field in fields(kind)]
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+                raise UsageError(f"{name}: unknown flag {key!r}; {hint}")
+        try:
+            return parse_flags_of(kind, flags_of(settings))
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
+
+    def _judge(self, name: str, run: Any) -> None:
+        """What would fail after hours is refused now."""
+        if name in ("vae", "unet"):
+            channels = self.plan.sections["vae"].get("vae_channels"), self.plan.sections["unet"].get("unet_channels")
+            run.vae_channels, run.unet_channels = channels[0] or run.vae_channels, channels[1] or run.unet_channels
+            self.decoder.check_channels(run, self.plan.image_size)
+        else:
+            check_sizes(run, self.plan.image_size)
+        if name == "vision":
+            check_geometry(self.plan, run.patch_size)
+
+    def _batch_size(self, name: str, asked: int) -> int:
+        """Batches that the data can fill."""
+        if (number := len(self.pictures.records)) < asked:
+            print(f"{name}: batches of {number} instead of {asked}, which is all that the data has.")
+        return min(number, asked)
 
     def prepare(self) -> None:
         """Read the data once; what is kept from training is chosen here unless it is named."""
@@ -110,7 +146,7 @@ class FromScratch:
             "bf16": self.bf16,
         }
         steps = {"data": (data, self.prepare), **self.steps}
-        settings = {"gen_head_type": "flow", "seed": plan.seed, **plan.sections["assemble"]}
+        settings = self._settings(AssembleSettings, "assemble")
         checkpoint = self.output / "start"
         towers = (self.output / "vision_tower", self.output / "gen_encoder", checkpoint)
         steps["assemble"] = (
@@ -122,18 +158,22 @@ class FromScratch:
                 steps[name] = self._stage(name, checkpoint, self.output / name)
                 checkpoint = self.output / name
         steps["finish"] = ({}, lambda: finish(checkpoint, self.output / "decoder", self.model))
-        steps["evaluate"] = (dict(plan.sections["evaluate"]), self.evaluate)
+        steps["evaluate"] = (self._settings(EvaluateSettings, "evaluate"), self.evaluate)
         return steps
+
+    def _settings(self, kind: Any, name: str) -> dict[str, Any]:
+        found = asdict(self._parse(kind, name, self.plan.sections[name]))
+        return {**found, "seed": self.plan.seed if found["seed"] is None else found["seed"]}
 
     def _stage(self, name: str, start: Path, folder: Path) -> tuple[dict[str, Any], Callable[[], Any]]:
         settings = {"seed": self.plan.seed, "bf16": self.bf16, **self.plan.sections[name]}
         flags = {"stage": name, "checkpoint": str(start), "data": str(self.train), "output": str(folder), **settings}
-        run = parse_flags_of(StageArguments, flags_of(flags))
+        run = self._parse(StageArguments, name, flags)
         return settings, lambda: train_stage(run)
 
     def evaluate(self) -> None:
         """Scores, sheet and card."""
-        options = {"seed": self.plan.seed, **self.plan.sections["evaluate"]}
+        options = self._settings(EvaluateSettings, "evaluate")
         sheet = self.output / "samples.png"
         scores = self.scores.score_model(self.model, self.pictures, self.unseen, sheet=sheet, **options)
         verdict = self.scores.verdict(scores)
@@ -171,6 +211,11 @@ class FromScratch:
         steps = self.all_steps()
         for name, (settings, _) in steps.items():
             self.records.check(name, settings)
+        if self.records.is_done("data") and has_changed(self.train, self.plan.data):
+            raise UsageError(
+                f"data: the files behind {steps['data'][0]['data']} have changed since {self.output} began with them. "
+                "Put them back, or take another --output."
+            )
         for name, (settings, work) in steps.items():
             self.records.run(name, settings, work)
         return self.model

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForMultimodalLM, AutoProcessor, TrainingArguments
+from transformers import AutoModelForMultimodalLM, AutoProcessor, SchedulerType, TrainingArguments
 
 import modeling_pisces  # noqa: F401  registers the Auto classes
 from finetune.data.collator import PiscesDataCollator
 from finetune.data.picture_cache import PictureCache, fingerprint
 from finetune.flags.parsing import parse_flags_of, run_command
 from finetune.parts.captioned import PictureData, load_pictures, prepared_folder
-from finetune.parts.stages import StageConversations
+from finetune.parts.stages import StageConversations, check_stage
 from finetune.parts.trainer import CurveCallback, RunArguments, WeightAverage, WholeCheckpoints, write_results
 from finetune.precompute import precompute
 from finetune.training.starts import train_part
@@ -50,6 +50,12 @@ class StageArguments(RunArguments):
         default=None, metadata={"help": "put a fresh head of this type (mlp, linear, flow) there and train it alone"}
     )
     num_workers: int = field(default=0, metadata={"help": "processes that prepare batches"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_stage(self.stage, self.pattern)
+        if self.schedule not in (known := [kind.value for kind in SchedulerType]):
+            raise ValueError(f"--schedule {self.schedule}: expected one of {', '.join(known)}.")
 
 
 class PiscesTrainer(WholeCheckpoints):

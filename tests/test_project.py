@@ -84,6 +84,7 @@ FLOORS = {
         "preferences": {"data", "flags", "guard", "training"},
         "scenes": set(),
         "parts": {"data", "flags", "scenes", "training"},
+        "scratch": {"data", "flags", "parts"},
     },
     "conversion": {
         "storage": set(),

@@ -66,6 +66,12 @@ class Plan:
         towers = ("finetune.parts", "towers", "--checkpoint", self.model, "--output", str(self.work / "towers"))
         return [*steps, Step(self.work / "towers", towers)]
 
+    def prepare(self) -> Step:
+        """The training scenes in the form that every start and every stage reads; vectors are kept there too."""
+        folder = self.work / "prepared"
+        command = ("finetune.parts", "prepare", "--data", str(self.work / "train"), "--output", str(folder))
+        return Step(folder, command)
+
     def _scenes(self, name: str, split: str, seed: int, num_scenes: int) -> Step:
         flags = f"--split {split} --seed {seed} --num_scenes {num_scenes} --max_objects {self.budget.max_objects}"
         command = ("finetune.scenes", "--output", str(self.work / name), *flags.split())
@@ -76,7 +82,7 @@ class Plan:
         folder, start = self.work / "start" / f"{name}-{seed}", STARTS[name]
         sizes = f"--hidden_size {self.budget.hidden_size} --num_hidden_layers {self.budget.num_hidden_layers}"
         command = [
-            *("finetune.parts", "assemble", "--data", str(self.work / "train"), "--output", str(folder)),
+            *("finetune.parts", "assemble", "--data", str(self.prepare().folder), "--output", str(folder)),
             *("--vision_tower", str(self.work / "towers" / start.vision_tower)),
             *("--gen_vision_tower", str(self.work / "towers" / start.gen_vision_tower)),
             *("--gen_head_type", "mlp", "--whiten", "--seed", str(seed), *sizes.split(), *start.flags),
@@ -120,7 +126,7 @@ class Plan:
         settings = {
             "stage": stage,
             "checkpoint": checkpoint,
-            "data": self.work / "train",
+            "data": self.prepare().folder,
             "output": folder,
             "pattern": arm.sides,
             "input_noise": arm.input_noise,
@@ -160,7 +166,7 @@ class Plan:
             (name, seed): [*self.train(name, seed), self.score(name, seed)] for name in ARMS for seed in self.seeds
         }
         first = [[self.reader(ARMS[name].start), *runs.pop((name, self.seeds[0]))] for name in leaders.values()]
-        return [[[step] for step in self.data()], starts, first, [*runs.values(), self.check()]]
+        return [[[step] for step in self.data()], [[self.prepare()]], starts, first, [*runs.values(), self.check()]]
 
 
 def _replaced(command: tuple[str, ...], flag: str, value: str) -> tuple[str, ...]:

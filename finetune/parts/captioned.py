@@ -118,6 +118,14 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def has_changed(folder: Path, data: Any) -> bool:
+    """Whether the files of `data` are others than those that a folder was prepared from; False where they are gone."""
+    specs = parse_specs(data)
+    if not all(Path(spec.path).exists() for spec in specs):
+        return False
+    return _read_index(folder)["made_of"]["files"] != _fingerprint(specs)["files"]
+
+
 # ---- writing one
 
 
@@ -144,7 +152,8 @@ def prepare(
     """
     folder, specs = Path(folder), parse_specs(data)
     made_of = {**_fingerprint(specs), "image_size": image_size, "heldout_share": heldout_share}
-    if (folder / INDEX_FILE).is_file() and _read_index(folder).get("made_of") == made_of:
+    is_there = (folder / INDEX_FILE).is_file() and (heldout is None or (Path(heldout) / INDEX_FILE).is_file())
+    if is_there and _read_index(folder).get("made_of") == made_of:
         return folder
     if any(spec.weight is not None for spec in specs):
         print("data: weights have no effect on the parts of a model; each picture counts once.")
@@ -158,6 +167,8 @@ def prepare(
         kept = [place for place, record in enumerate(collected.records) if record["captions"] or answers_of(record)]
         if not kept:
             raise DataError(f"{specs[0].label}: found no picture with a text; expected captions, or questions.")
+        if heldout is not None and len(kept) < 2:
+            raise DataError(f"{specs[0].label}: found 1 picture with a text; expected two or more, one to measure on.")
         if heldout is not None:
             chosen = choose_heldout([collected.records[place]["id"] for place in kept], heldout_share)
             with whole_folder(heldout, sync=False) as other:
@@ -302,6 +313,7 @@ def _records_of(spec: DataSpec) -> Iterator[tuple[str, Any]]:
     """Every record of a source with its place: a row, a record of one picture, or what is wrong with it."""
     spec, found_format = resolve_format(spec)
     if found_format == "scenes":
+        spec.check_keys(found_format)
         yield from _scenes(spec)
         return
     rows = load_source(spec)

@@ -112,8 +112,9 @@ class UNetTraining(nn.Module):
         steps = (position * self.scheduler.config.num_train_timesteps).long()
         noise = torch.randn_like(latents)
         noisy = self.scheduler.add_noise(latents, noise, steps)
-        kinds = {"v_prediction": self.scheduler.get_velocity, "epsilon": lambda latents, noise, steps: noise}
-        target = kinds[self.scheduler.config.prediction_type](latents, noise, steps)
+        kinds = {"epsilon": lambda: noise, "sample": lambda: latents}
+        kinds["v_prediction"] = lambda: self.scheduler.get_velocity(latents, noise, steps)
+        target = kinds[self.scheduler.config.prediction_type]()
         predicted = self.unet(noisy, steps, encoder_hidden_states=vectors).sample
         return {"loss": F.mse_loss(predicted.float(), target)}
 
@@ -248,7 +249,10 @@ def main(arguments: list[str] | None = None) -> Metrics:
     if run.part == "unet" and run.checkpoint is None and (run.gen_encoder is None or run.vae is None):
         frozen_parts(run)  # says which folder is missing, before any picture is read
     if run.checkpoint is not None:
-        run.image_size = PiscesConfig.from_pretrained(run.checkpoint).gen_vision_config.image_size
+        config = PiscesConfig.from_pretrained(run.checkpoint)
+        if not config.has_generation:
+            raise ValueError(f"--checkpoint {run.checkpoint}: no generation tower, so no decoder to train.")
+        run.image_size = config.gen_vision_config.image_size
     data, heldout = load_data_of(run, num_heldout=64 if run.part == "unet" else 256)
     if run.checkpoint is None:
         check_channels(run, data.pictures.shape[-1])

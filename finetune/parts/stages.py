@@ -25,6 +25,20 @@ ASKING_STAGES = ("instruct", "review")
 WINDOW_BLOCKS = 16  # blocks whose rows are sorted by length together
 
 
+def check_stage(stage: str, pattern: str) -> None:
+    """Refuse a stage or a pattern of blocks that is not known.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} is not known. Choose one of {', '.join(STAGES)}.")
+    if not pattern or set(pattern) - {"u", "g", "d"}:
+        raise ValueError(
+            f"pattern {pattern!r}: expected letters u (understanding), g (generation), d (discussion), e.g. 'ug'."
+        )
+
+
 class StageConversations(Dataset):
     """The whole run of one stage, row by row, in the order in which it is trained.
 
@@ -60,12 +74,7 @@ class StageConversations(Dataset):
         vectors: torch.Tensor | None = None,
         seed: int = 0,
     ):
-        if stage not in STAGES:
-            raise ValueError(f"stage {stage!r} is not known. Choose one of {', '.join(STAGES)}.")
-        if not pattern or set(pattern) - {"u", "g", "d"}:
-            raise ValueError(
-                f"pattern {pattern!r}: expected letters u (understanding), g (generation), d (discussion), e.g. 'ug'."
-            )
+        check_stage(stage, pattern)
         if vectors is not None and len(vectors) != len(data.records):
             raise ValueError(f"{len(vectors)} encoded pictures, {len(data.records)} rows. Encode them again.")
         self.pictures, self.rows = data.pictures, data.records

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # pisces-tiny from nothing: scenes, stage 0, the three stages, the finished folder, its score. See docs/tiny.md.
+# The commands are those that finetune.from_scratch runs on anybody's pictures; here two of them run at a time, the
+# towers and the decoder see more shades than the stages, and the understanding tower learns from the scenes' truth.
 #
 #   bash finetune/tiny/tiny.sh [WORK]      WORK defaults to runs/tiny; about 4.5 hours on two processor cores
 #
@@ -13,8 +15,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 mkdir -p "$work"
 trap 'jobs -p | xargs -r kill' EXIT # a step that fails takes the one beside it along
 
-data="--data $work/scenes $work/broad --heldout $work/heldout --bf16 $bf16"
-stage="--data $work/scenes --bf16 $bf16 --batch_size 32 --learning_rate 1e-3 --log_steps 25 --save_steps 250"
+data="--data $work/pictures/stage0 --heldout $work/pictures/heldout --bf16 $bf16"
+stage="--data $work/pictures/stages --bf16 $bf16 --batch_size 32 --learning_rate 1e-3 --log_steps 25 --save_steps 250"
 
 # step NAME RESULT COMMAND...: run COMMAND unless RESULT exists
 step() {
@@ -30,9 +32,14 @@ scenes() { # NAME ARGUMENTS...
     touch "$work/$1/.done"
 }
 
+pictures() { # NAME DATA...: read once, for every step that trains
+    step "pictures: $1" "$work/pictures/$1/prepared.json" \
+        $python -m finetune.parts prepare --data "${@:2}" --output "$work/pictures/$1"
+}
+
 vision_tower_and_autoencoder() {
     step "understanding tower" "$work/vision_tower/model.safetensors" \
-        $python -m finetune.parts.vision $data --output "$work/vision_tower" --max_steps 5000
+        $python -m finetune.parts.vision $data --output "$work/vision_tower" --max_steps 5000 --labels scenes
     step "autoencoder" "$work/decoder/vae/config.json" \
         $python -m finetune.parts.decoder --part vae $data --output "$work/decoder/vae" \
         --max_steps 1500 --batch_size 32 --learning_rate 2e-3 --warmup_steps 100 --ema_decay 0.99 --eval_steps 250 --log_steps 25
@@ -53,7 +60,7 @@ decoder() {
 
 three_stages() {
     step "assembly" "$work/start/config.json" \
-        $python -m finetune.parts assemble --data "$work/scenes" --vision_tower "$work/vision_tower" \
+        $python -m finetune.parts assemble --data "$work/pictures/stages" --vision_tower "$work/vision_tower" \
         --gen_vision_tower "$work/gen_encoder" --output "$work/start"
     step "stage 1, short captions" "$work/stage1/results.json" \
         $python -m finetune.train_stages --stage pretrain --checkpoint "$work/start" --output "$work/stage1" $stage \
@@ -77,6 +84,10 @@ scenes scenes --num_scenes 60000 --seed 0 --split train
 scenes broad --num_scenes 30000 --seed 2 --split train --broad_colors
 scenes heldout --num_scenes 1500 --seed 1 --split heldout
 scenes shown --num_scenes 500 --seed 3 --split train # new pictures of shown combinations, to choose settings with
+
+pictures stage0 "$work/scenes" "$work/broad"
+pictures stages "$work/scenes"
+pictures heldout "$work/heldout"
 
 # Two processes at a time; what the second one prints goes to a log.
 vision_tower_and_autoencoder >"$work/second.log" 2>&1 &

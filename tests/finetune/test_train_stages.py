@@ -13,8 +13,10 @@ from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, Sig
 
 from finetune.data.collator import PiscesDataCollator
 from finetune.parts import assemble as tiny
-from finetune.parts.pictures import load_pictures, to_pixel_values
-from finetune.parts.stages import StageConversations, _sample_questions
+from finetune.parts.captioned import load_pictures
+from finetune.parts.pictures import to_pixel_values
+from finetune.parts.stages import StageConversations as Conversations
+from finetune.parts.stages import _sample_turns
 from finetune.scenes.render import write_scenes
 from finetune.train_stages import StageArguments, train_stage
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
@@ -28,6 +30,11 @@ SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "nu
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("scenes") / "data", num_scenes=24, seed=3)
+
+
+def StageConversations(data: Path, *args, **settings) -> Conversations:
+    """Of a data folder, which is prepared beside itself."""
+    return Conversations(load_pictures(data, folder=data.with_name("prepared")), *args, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +61,7 @@ def test_one_tower_can_serve_both_sides(data, start, tmp_path, both):
     model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out").eval()
     assert model.config.num_gen_image_tokens == 1 and model.config.text_config.hidden_size == 64
     assert model.config.gen_loss_type == model.model.gen_head.loss_type == "cosine"
-    pictures = to_pixel_values(load_pictures(data).pictures)
+    pictures = to_pixel_values(load_pictures(data, folder=data.with_name("prepared")).pictures)
     vectors = model.encode_gen_images(pictures).flatten(0, 1)
     torch.testing.assert_close(vectors.std(0, correction=0), torch.ones(vectors.shape[1]), atol=1e-3, rtol=0)
     tower = AutoModel.from_pretrained(tmp_path / both).eval()
@@ -102,10 +109,8 @@ def test_a_discussion_draws_and_then_answers_about_the_drawing(data):
 
 
 def test_hard_questions_are_asked_more_often():
-    questions = [{"type": "compare"}, {"type": "count"}]
-    picked = [
-        _sample_questions(questions, 1, {"compare": 3.0}, random.Random(seed))[0]["type"] for seed in range(2000)
-    ]
+    questions = [[{"type": "compare"}], [{"type": "count"}]]
+    picked = [_sample_turns(questions, 1, {"compare": 3.0}, random.Random(seed))[0]["type"] for seed in range(2000)]
     assert 0.71 < picked.count("compare") / 2000 < 0.79  # 3 of 4
 
 
@@ -188,11 +193,6 @@ def test_a_resumed_stage_ends_with_the_same_weights(data, start, tmp_path):
     train_stage(halves)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_missing_data_names_the_file_and_the_command(tmp_path):
-    with pytest.raises(ValueError, match=r"scenes\.jsonl is missing.*python -m finetune\.scenes"):
-        StageConversations(tmp_path, "pretrain", num_rows=1, batch_size=1)
 
 
 def test_unknown_stage_and_pattern_are_refused(data):

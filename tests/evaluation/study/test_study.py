@@ -163,7 +163,7 @@ def test_the_whole_study_runs_at_toy_size_and_fills_the_page(tmp_path, monkeypat
     results = json.loads((tmp_path / "study.json").read_text())
     assert set(results["arms"]) == set(few) and len(results["arms"]["base"]["objects"]["values"]) == 2
     assert "objects" not in results["arms"]["understanding_alone"]
-    assert len(results["run"]["commands"]) == 4 + 2 * 2 + 3 * 2 * (3 + 1) + 1 + 2
+    assert len(results["run"]["commands"]) == 4 + 1 + 2 * 2 + 3 * 2 * (3 + 1) + 1 + 2
     assert "| gen-CLIP for both |" in page.read_text() and (tmp_path / "study_encoders.png").is_file()
 
 

@@ -15,7 +15,7 @@ from finetune.data.load import load_data
 from finetune.data.readers import paths as data_paths
 from finetune.data.readers import shards as data_tar
 from finetune.data.schema import DataError
-from finetune.parts.pictures import load_pictures
+from finetune.parts.captioned import load_pictures
 from finetune.scenes.render import write_scenes
 from tests.finetune.data.data_files import picture, prompt, write_captions, write_jsonl, write_pictures, write_tar
 
@@ -187,17 +187,22 @@ def test_a_picture_that_is_no_file_of_the_folder_is_one_bad_record(tmp_path, ref
     assert len(bad) == 1 and "line 2" in bad[0] and len(bad[0]) < 600
 
 
-def test_a_scene_may_not_name_a_picture_outside(tmp_path):
+def test_a_scene_may_not_name_a_picture_outside(tmp_path, capsys):
     folder = write_scenes(tmp_path / "scenes", num_scenes=2, seed=1)
     write_pictures(tmp_path, "secret.png")
     path = folder / "scenes.jsonl"
     first, second = path.read_text().splitlines()
     path.write_text(first + "\n" + json.dumps(json.loads(second) | {"image": "../secret.png"}) + "\n")
-    with pytest.raises(DataError, match="leads out of the data folder"):
-        load_pictures(folder)
+    # one bad record of two is as many as `max_bad_records` allows, as in the recipes
+    assert len(load_pictures(folder, folder=tmp_path / "one").records) == 1
+    assert "1 of 2 records are bad and left out; the first: " in (printed := capsys.readouterr().out)
+    assert "leads out of the data folder" in printed
     path.write_text(first + "\n[1]\n")
-    with pytest.raises(DataError, match=r"line 2: found list \[1\], expected a scene of"):
-        load_pictures(folder)
+    assert len(load_pictures(folder, folder=tmp_path / "two").records) == 1
+    assert "line 2: found list [1], expected an object with image, captions and questions" in capsys.readouterr().out
+    path.write_text("[1]\n[1]\n" + first + "\n")
+    with pytest.raises(DataError, match="2 of 3 records are bad, more than max_bad_records"):
+        load_pictures(folder, folder=tmp_path / "three")
 
 
 def test_a_saved_dataset_may_not_name_files_outside(tmp_path):

@@ -6,16 +6,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, Dinov2Config, SiglipVisionConfig, SiglipVisionModel
 
 from finetune.parts import gen_encoder as gen_encoder_recipe
 from finetune.parts import vision as vision_recipe
-from finetune.parts.gen_encoder import grid_positions, phrase_ids
-from finetune.parts.pictures import TensorRows, edge_strength, load_pictures, patch_labels, to_pixel_values, to_uint8
+from finetune.parts.captioned import load_pictures, prepare
+from finetune.parts.contrast import phrase_ids
+from finetune.parts.gen_encoder import grid_positions
+from finetune.parts.pictures import TensorRows, edge_strength, to_pixel_values, to_uint8
 from finetune.parts.trainer import RunArguments, WeightAverage, train
 from finetune.parts.whitening import pooled_vectors, whiten_output
+from finetune.scenes.labels import patch_labels
 from finetune.scenes.render import main as write_scenes
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
@@ -46,7 +48,7 @@ def scenes(tmp_path_factory):
     """A data folder of 32 scenes."""
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(["--output", str(folder), "--num_scenes", str(NUM_SCENES)])
-    return folder
+    return prepare(folder, None, tmp_path_factory.mktemp("prepared") / "scenes")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_unet_recipe_learns(decoder):
 
 
 def test_vision_recipe_learns_and_saves_a_stock_tower_without_a_head(scenes, tmp_path):
-    run_recipe(vision_recipe, scenes, tmp_path, "30", *SMALL_TOWER)
+    run_recipe(vision_recipe, scenes, tmp_path, "30", "--labels", "scenes", *SMALL_TOWER)
     assert_learned(tmp_path)
     tower = SiglipVisionModel.from_pretrained(tmp_path)
     assert tower(torch.zeros(2, 3, 64, 64)).last_hidden_state.shape == (2, 64, 32)
@@ -283,29 +285,6 @@ def test_the_average_follows_the_weights_and_swaps_back():
     with average.in_use():
         assert layer.weight.item() == pytest.approx(0.25)
     assert layer.weight.item() == 1.0
-
-
-def test_missing_scenes_file_names_the_command_that_writes_it(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"no scenes.jsonl there. Write a data folder with `python -m finetune.scenes`"
-    ):
-        load_pictures(tmp_path)
-
-
-def test_an_empty_scenes_file_is_refused(tmp_path):
-    (tmp_path / "scenes.jsonl").write_text("")
-    with pytest.raises(ValueError, match="has no rows; expected at least one scene"):
-        load_pictures(tmp_path)
-
-
-def test_pictures_of_two_sizes_are_refused_with_both_sizes(tmp_path):
-    rows = []
-    for size in (64, 96):
-        Image.new("RGB", (size, size)).save(tmp_path / f"{size}.png")
-        rows.append(json.dumps({"image": f"{size}.png", "truth": {}, "captions": []}))
-    (tmp_path / "scenes.jsonl").write_text("\n".join(rows))
-    with pytest.raises(ValueError, match=r"pictures of 2 sizes \[\(64, 64\), \(96, 96\)\]"):
-        load_pictures(tmp_path)
 
 
 def test_columns_of_different_lengths_are_refused():

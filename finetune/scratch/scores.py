@@ -86,8 +86,8 @@ def _score_pictures(
 ) -> tuple[dict[str, Any], list[torch.Tensor]]:
     captions = [record["captions"][0] for record in data.records]
     wanted = data.pictures
-    repeated = _draw(pipe, wanted.shape[-1], seed, image=[_pil(picture) for picture in wanted])
-    drawn = _draw(pipe, wanted.shape[-1], seed, prompt=captions)
+    repeated = draw(pipe, wanted.shape[-1], seed, image=[_pil(picture) for picture in wanted])
+    drawn = draw(pipe, wanted.shape[-1], seed, prompt=captions)
     ranks = own_ranks(encode(pipe, drawn), encode(pipe, wanted), pool_vectors)
     answers = _answers(pipe, data)
     right = [found == asked for found, asked in answers]
@@ -116,7 +116,8 @@ def own_ranks(drawn: torch.Tensor, wanted: torch.Tensor, pool: torch.Tensor) -> 
     return 1 + ((others < own[:, None]) & ~is_own).sum(1)
 
 
-def _draw(pipe: PiscesPipeline, side: int, seed: int, **what: list) -> torch.Tensor:
+def draw(pipe: PiscesPipeline, side: int, seed: int, **what: list) -> torch.Tensor:
+    """Drawings of `prompt=[...]` or reconstructions of `image=[...]`, (I, 3, side, side) uint8; a seed per place."""
     ((name, items),) = what.items()
     pictures: list[Image.Image] = []
     for start in range(0, len(items), BATCH):

@@ -8,10 +8,11 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
+from finetune.flags.ranges import check_ranges
 from pisces_commands.arguments import UsageError
 
 
@@ -19,6 +20,9 @@ STAGES = ("pretrain", "detail", "instruct", "review")  # in this order; one with
 SECTIONS = ("vision", "gen_encoder", "vae", "unet", "assemble", *STAGES, "evaluate")
 # what the run itself fills in
 FILLED = ("data", "heldout", "output", "checkpoint", "part", "gen_encoder", "vae", "stage", "image_size", "results")
+
+
+MAX_PATCHES = 640  # of the 1,024 places of `finetune.parts.assemble`
 
 
 @dataclass
@@ -44,6 +48,49 @@ class Plan:
         _expect("heldout_share", share, is_share, "a number above 0, at most 0.5")
         _expect("bf16", self.bf16, self.bf16 in (True, False, "auto"), "true, false or auto")
         _expect("license", self.license, self.license is None or isinstance(self.license, str), "the licence's name")
+
+
+@dataclass
+class AssembleSettings:
+    """The section `assemble`: what the fresh language model and its head are like."""
+
+    hidden_size: int = field(default=192, metadata={"help": "width of the language model, a multiple of 32"})
+    num_hidden_layers: int = field(default=6, metadata={"help": "layers of the language model"})
+    vocabulary_size: int = field(default=1024, metadata={"help": "entries of the tokenizer"})
+    gen_head_type: Literal["flow", "mlp", "linear"] = field(default="flow", metadata={"help": "head that draws"})
+    gen_loss_type: Literal["mse", "cosine"] = field(default="mse", metadata={"help": "loss of a regression head"})
+    vision_feature_layer: int | None = field(default=None, metadata={"help": "layer to understand from"})
+    seed: int | None = field(default=None, metadata={"help": "of its weights; default: the run's"})
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.hidden_size % 32:
+            raise UsageError(f"--hidden_size {self.hidden_size}: expected a multiple of 32, the width of a head.")
+
+
+@dataclass
+class EvaluateSettings:
+    """The section `evaluate`."""
+
+    num_pictures: int = field(default=64, metadata={"help": "trained pictures to score, and held-out ones"})
+    seed: int | None = field(default=None, metadata={"help": "of the choice and of the drawings; default: the run's"})
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+def check_geometry(plan: Plan, patch_size: int) -> None:
+    """Refuse pictures that are more patches than a conversation of the small language model has room for.
+
+    Raises:
+        UsageError: their number, and what to change.
+    """
+    patches = (plan.image_size // patch_size) ** 2
+    if patches > MAX_PATCHES:
+        raise UsageError(
+            f"image_size {plan.image_size} with vision.patch_size {patch_size} is {patches} vectors a picture, more "
+            f"than {MAX_PATCHES}. Raise patch_size of vision, or lower image_size."
+        )
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:

@@ -27,7 +27,7 @@ pipe = PiscesPipeline.from_pretrained("this-folder")
 pipe({caption!r}).images[0].save("drawing.png")
 ```
 
-On the command line: `pisces draw this-folder --prompt {caption!r}`, `pisces describe this-folder photo.png`.
+On the command line: `pisces draw --model this-folder {caption!r}`, `pisces describe --model this-folder photo.png`.
 """
 
 
