@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from modeling_pisces import PiscesConfig
+from modeling_pisces.modeling_pisces_heads import GEN_HEADS
 
 
 class LossTotals:
@@ -85,7 +86,7 @@ def image_r2(config: PiscesConfig, loss: float, variance: float) -> float | None
         return None
     if config.image_loss_is_squared_error:
         return 1 - loss / variance
-    return 1 - loss / flow_baseline(variance) if config.gen_head_type == "flow" else None
+    return 1 - loss / flow_baseline(variance) if GEN_HEADS[config.gen_head_type].is_stochastic else None
 
 
 def flow_baseline(variance: float, num_points: int = 2000) -> float:

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import Trainer, TrainerState
 from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
@@ -211,6 +213,10 @@ def identify_base(name: str, revision: str | None = None) -> tuple[str, str | No
     if Path(name).is_dir():
         weights = sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".bin"))
         return name, f"sha256 {_hash_files(weights)}" if weights else None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:  # loading says what is wrong with the name
+        return name, None
     kinds = ("gated_repo", "missing_entries", "connection_errors")
     optional = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
     commit = extract_commit_hash(cached_file(name, "config.json", revision=revision, **optional), None)
