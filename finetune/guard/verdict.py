@@ -143,7 +143,7 @@ def advice(trained: dict[str, Any], flavour: str, passes: float) -> str | None:
         passes: how often each row was seen.
     """
     share, chance = trained["own_first"] / trained["captions"], 1 / max(trained["compared_with"], 1)
-    if share >= LEARNED_SHARE and share > 2 * chance:
+    if share >= min(1.0, max(LEARNED_SHARE, 2 * chance)):
         return None
     if trained["ceiling_similarity"] < 0.5:
         return "Train the decoder on these pictures first: it cannot draw them (docs/finetune.md, Look first)."

@@ -47,8 +47,8 @@ def pictures(folder: Path) -> list[bytes]:
 
 
 def test_prompts_are_drawn_with_it_and_run_json_names_it(checkpoint, adapter, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a box\n")
-    flags = ["--prompts", f"own:{tmp_path / 'prompts.txt'}", "--images_per_prompt", "1"]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a box"}\n')
+    flags = ["--prompts", f"own:{tmp_path / 'prompts.jsonl'}", "--images_per_prompt", "1"]
     for name, more in (
         ("plain", ["--model", checkpoint]),
         ("adapted", ["--model", checkpoint, "--adapter", adapter]),
