@@ -313,7 +313,7 @@ def push_run(folder: Path, training: PiscesSFTConfig, base: str | None = None) -
     repo_id = api.create_repo(training.hub_model_id, private=training.hub_private_repo, exist_ok=True).repo_id
     with TemporaryDirectory(prefix=".push-", dir=folder.resolve().parent) as held:
         staged = Path(held) / "adapter"
-        names = stage_adapter(folder, staged, base)
+        names = stage_adapter(folder, staged, base, repo_id)
         additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=staged / name) for name in names]
         # not upload_folder: it may send several commits, and the first of them would be half an adapter
         return str(api.create_commit(repo_id, additions, commit_message="Upload a Pisces adapter").commit_url)

@@ -69,7 +69,7 @@ def publish(
     # beside the folder: a checkpoint is large, and the system's temporary folder often is not
     with TemporaryDirectory(prefix=".push-", dir=source.resolve().parent) as held:
         staged = Path(held) / "folder"
-        send = stage(source, staged, base)
+        send = stage(source, staged, base, repo_id)
         _fill_card(staged / "README.md", license, data)
         return send(staged, repo_id, private, token, revision)
 
@@ -77,7 +77,7 @@ def publish(
 Send = Callable[[Path, str, bool, str | None, str | None], PushReport]
 
 
-def _stage_checkpoint(source: Path, staged: Path, base: str | None) -> Send:
+def _stage_checkpoint(source: Path, staged: Path, base: str | None, repo_id: str) -> Send:
     check_checkpoint(source, with_decoder=(source / "model_index.json").exists())
     export_to_folder(source, None, staged)
     for name in ("provenance.json", "known_words.txt"):
@@ -90,13 +90,14 @@ def _stage_checkpoint(source: Path, staged: Path, base: str | None) -> Send:
     return send
 
 
-def stage_adapter(source: Path, staged: Path, base: str | None) -> list[str]:
+def stage_adapter(source: Path, staged: Path, base: str | None, repo_id: str) -> list[str]:
     """Copy what others need of an adapter, with its base named as they find it; the names of the files.
 
     Args:
         source: the adapter's folder, which stays as it is.
         staged: a folder to make.
         base: Hub id of the base; None takes the one that the adapter names.
+        repo_id: where it is going; the card says it where it said the folder.
 
     Raises:
         ValueError: the adapter is not whole, or its base is no Hub id.
@@ -118,15 +119,15 @@ def stage_adapter(source: Path, staged: Path, base: str | None) -> list[str]:
         config = read_json(staged / MODEL_CONFIG) | {"base_model_name_or_path": base}
         (staged / MODEL_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     _prepare_adapter_card(staged / "README.md", adapter, base)
+    text = (staged / "README.md").read_text(encoding="utf-8").replace("this-folder", repo_id)
+    (staged / "README.md").write_text(text.replace(str(source), repo_id), encoding="utf-8")
     return sorted(path.name for path in staged.iterdir())
 
 
-def _stage_adapter(source: Path, staged: Path, base: str | None) -> Send:
-    files = stage_adapter(source, staged, base)
+def _stage_adapter(source: Path, staged: Path, base: str | None, repo_id: str) -> Send:
+    files = stage_adapter(source, staged, base, repo_id)
 
     def send(folder: Path, repo_id: str, private: bool, token: str | None, revision: str | None) -> PushReport:
-        text = (folder / "README.md").read_text(encoding="utf-8").replace("this-folder", repo_id)
-        (folder / "README.md").write_text(text.replace(str(source), repo_id), encoding="utf-8")
         check_card(folder / "README.md")
         return send_files(folder, files, repo_id, private, token, revision, False, "Upload a Pisces adapter")
 
@@ -143,9 +144,9 @@ def _prepare_adapter_card(path: Path, adapter: Adapter, base: str) -> None:
     for name, value in defaults.items():
         if name.startswith("base_model") or getattr(card.data, name, None) is None:
             setattr(card.data, name, value)
+    if adapter.base and adapter.base != base:  # in the text alone: the metadata has it already
+        card.text = re.sub(rf"(?<![\w./-]){re.escape(adapter.base)}(?![\w/-])", base, card.text)
     text = str(card)
-    if adapter.base and adapter.base != base:
-        text = text.replace(adapter.base, base)
     pictures = sorted(picture.name for picture in path.parent.glob("*.png"))
     if pictures and SAMPLES_HEADING not in text:
         text += f"\n\n{SAMPLES_HEADING}\n\n" + "\n\n".join(f"![{name}]({name})" for name in pictures) + "\n"
