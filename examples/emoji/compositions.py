@@ -4,6 +4,7 @@ An attribute is a skin tone, a colour or a time. Training sees each concept with
 with other concepts, but never the two together; a drawing of such a pair cannot come from memory.
 """
 
+import itertools
 import random
 import re
 from collections import defaultdict
@@ -18,6 +19,7 @@ COLORED = re.compile(rf"({'|'.join(COLORS)}) (heart|circle|square|book|apple)")
 COLORED_BY_ANOTHER_NAME = {"closed book": ("book", "red")}
 HOURS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 CLOCK = re.compile(rf"({'|'.join(HOURS)}) (o'clock|thirty)")
+MIRRORED = " facing right"  # of what faces left
 NO_TONE = "yellow"  # how a person without a skin tone is drawn
 HELDOUT_TIMES_PER_KIND = 2  # full hours, and half hours
 SPLITS = ("train", "heldout", "concepts")
@@ -80,21 +82,29 @@ def _stands_alone(emoji: Emoji) -> bool:
     return is_plain and emoji.subcategory not in ("family", "person-symbol", "country-flag")
 
 
-def _heldout_tones(emojis: Iterable[Emoji], rng: random.Random) -> list[str]:
-    """One tone of every second name, each tone as often as the others.
+def relatives(name: str) -> str:
+    """What the man, the woman, the person and their mirror images share: "pilot" of "woman pilot"."""
+    words = name.removesuffix(MIRRORED).split()
+    return " ".join(word for word in words if word not in ("man", "woman", "person")) or name
 
-    Couples are left out, because their mixed pairs show each tone of theirs; so are those that face right, the mirror
-    images of others.
+
+def _heldout_tones(emojis: Iterable[Emoji], rng: random.Random) -> list[str]:
+    """One tone of every second job, gesture or body part, for all relatives of it, each tone as often as the others.
+
+    A dark-skinned man who is a pilot would show most of a dark-skinned woman who is one. Couples are left out, because
+    their mixed pairs show each tone of theirs.
     """
     codes: dict[str, dict[str, str]] = defaultdict(dict)
     for emoji in emojis:
-        if emoji.takes_tone and len(emoji.tones) == 1 and not emoji.name.endswith("facing right"):
+        if emoji.takes_tone and len(emoji.tones) == 1:
             codes[emoji.name][emoji.tones[0]] = emoji.code
     couples = {emoji.name for emoji in emojis if len(emoji.tones) > 1}
-    names = sorted(name for name, tones in codes.items() if len(tones) == len(TONES) and name not in couples)
+    toned = [name for name, tones in codes.items() if len(tones) == len(TONES) and name not in couples]
+    names = sorted(name for name in toned if not name.endswith(MIRRORED))
     rng.shuffle(names)
-    tones = list(TONES.values())
-    return [codes[name][tones[index % len(tones)]] for index, name in enumerate(names[: len(names) // 2])]
+    shared = list(dict.fromkeys(map(relatives, names)))
+    tone_of = dict(zip(shared[: len(shared) // 2], itertools.cycle(TONES.values()), strict=False))
+    return [codes[name][tone_of[relatives(name)]] for name in toned if relatives(name) in tone_of]
 
 
 def _heldout_colors(emojis: Iterable[Emoji], rng: random.Random) -> list[str]:

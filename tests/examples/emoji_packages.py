@@ -8,7 +8,16 @@ from PIL import Image, ImageDraw
 TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 HOURS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-PEOPLE = ("man pilot", "woman pilot", "pilot", "woman cook", "man_red_hair", "thumbs up", "woman running facing right")
+PEOPLE = (
+    "man pilot",
+    "woman pilot",
+    "pilot",
+    "woman cook",
+    "man_red_hair",
+    "thumbs up",
+    "woman running",
+    "woman running facing right",
+)
 THINGS = ("anchor", "apple", "boat", "cake", "drum", "egg", "fork", "ghost", "hat", "ink", "jar", "kite")
 
 
