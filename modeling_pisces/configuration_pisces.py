@@ -423,6 +423,19 @@ def own_generation_config(settings: GenerationConfig) -> GenerationConfig:
     return settings
 
 
+def check_generation_config(settings: Any) -> None:
+    """Refuse what `generate` could not read options from; None is the checkpoint's own.
+
+    Raises:
+        ValueError: names the type.
+    """
+    if settings is not None and not isinstance(settings, GenerationConfig):
+        raise ValueError(
+            f"generation_config is a {type(settings).__name__}; expected a transformers.GenerationConfig. Pass "
+            "GenerationConfig(**options), or the options by name."
+        )
+
+
 __all__ = [
     "PiscesConfig",
     "PiscesGenVisionConfig",

@@ -7,15 +7,26 @@ table holds every argument of `GenerationMixin.generate` and every field of `Gen
 # B rows, T tokens of the negative prompt, D language-model width
 import inspect
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .placeholders_pisces import CACHE_NAMES, check_ids, check_mask, check_vectors, num_ids, placeholder_mask
+from .placeholders_pisces import (
+    CACHE_NAMES,
+    check_ids,
+    check_mask,
+    check_tensor,
+    check_vectors,
+    num_ids,
+    placeholder_mask,
+)
 
 
+_TENSORS = ("input_ids", "inputs_embeds", "pixel_values", "gen_pixel_values", "attention_mask")
+_NEGATIVE_TENSORS = ("negative_prompt_ids", "negative_prompt_attention_mask")
 IMAGE_INPUTS = ("pixel_values", "image_features", "gen_pixel_values", "gen_image_vectors")
 
 FOLLOWED, REFUSED, NO_EFFECT = "followed", "refused", "no effect"
@@ -156,10 +167,11 @@ def check_number(name: str, value, *, whole: bool = False, least: float = 0) -> 
     Raises:
         ValueError: names the value and what was expected.
     """
-    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < least:
         kind = "a whole number" if whole else "a finite number"
-        raise ValueError(f"{name} is {value!r}; expected {kind} of at least {least}.")
+        bound = "" if least == -math.inf else f" of at least {least}"
+        raise ValueError(f"{name} is {value!r}; expected {kind}{bound}.")
 
 
 def check_scores(scores: torch.Tensor, writes: torch.BoolTensor | None = None) -> None:
@@ -267,6 +279,10 @@ def check_inputs(model, mode: str, kwargs: dict) -> None:
     if getattr(kwargs["generation_config"], "is_assistant", False):
         _blind_draft(model, kwargs)
         return  # a draft is asked again and again, with inputs that the main model has checked
+    for name in (*_TENSORS, *_NEGATIVE_TENSORS):
+        # as one mask for each kind of layer, a mask is a dict
+        if kwargs.get(name) is not None and not (name == "attention_mask" and isinstance(kwargs[name], dict)):
+            check_tensor(name, kwargs[name])
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         found = "neither" if ids is None else "both"
@@ -288,6 +304,8 @@ def check_inputs(model, mode: str, kwargs: dict) -> None:
     copies = copies or 1
     beams = option_value("num_beams", kwargs, model.generation_config) or 1
     _check_cache(_given_cache(kwargs), prompt, mask, prompt.shape[0] * max(copies, beams))
+    if mode == "text":
+        _check_text_guidance(model, kwargs, prompt.shape[0] * max(copies, beams))
     if mode != "text":
         check_generators(kwargs.get("generator"), prompt.shape[0] * copies)
 
@@ -331,6 +349,19 @@ def _check_cache(cache, prompt: torch.Tensor, mask: torch.Tensor | None, num_row
             f"the attention_mask covers {covered} tokens, but the cache given holds {length} and the prompt "
             f"{prompt.shape[1]} more. Pass the mask of both together, or the whole sequence."
         )
+
+
+def _check_text_guidance(model, kwargs: dict, num_rows: int):
+    """Guidance of tokens is GenerationMixin's own: it looks at nothing, and repeats no negative prompt."""
+    scale = option_value("guidance_scale", kwargs, model.generation_config)
+    if scale is None:
+        return
+    scale = scale.item() if isinstance(scale, torch.Tensor) and scale.ndim == 0 else scale
+    check_number("guidance_scale", scale, least=-math.inf)
+    ids, mask = (kwargs.get(name) for name in _NEGATIVE_TENSORS)
+    if scale != 1 and ids is not None:
+        _check_negative_prompt(model, ids, mask, {num_rows}, f"one row for each of the {num_rows} generated rows")
+        check_mask(mask, "negative_prompt_attention_mask", ends_real=True)
 
 
 def set_guidance(model, kwargs: dict) -> None:
@@ -383,17 +414,9 @@ def _default_empty_prompt(model, kwargs: dict) -> tuple[torch.LongTensor, torch.
 
 def _negative_prompt(model, kwargs: dict, ids, mask) -> tuple[torch.LongTensor, torch.LongTensor]:
     """The caller's, checked, with `<|gen_start|>` at its end."""
-    config, start = model.config, model.config.gen_start_token_id
-    check_ids("negative_prompt_ids", ids, num_ids(model.get_input_embeddings(), config), always=True)
+    start = model.config.gen_start_token_id
     rows = next(kwargs[name].shape[0] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
-    if ids.shape[0] not in (1, rows) or ids.shape[1] == 0 or (mask is not None and mask.shape != ids.shape):
-        masked = "" if mask is None else f" and its mask {tuple(mask.shape)}"
-        raise ValueError(
-            f"negative_prompt_ids has the shape {tuple(ids.shape)}{masked}; expected one row, or one for each of the "
-            f"{rows} prompts, and a mask of the same shape."
-        )
-    if bool(((ids == config.image_token_id) | (ids == config.gen_image_token_id)).any()):
-        raise ValueError("negative_prompt_ids holds placeholders, but images cannot be given to it. Leave them out.")
+    _check_negative_prompt(model, ids, mask, {1, rows}, f"one row, or one for each of the {rows} prompts")
     if mask is None:
         pad = option_value("pad_token_id", kwargs, model.generation_config)
         mask = torch.ones_like(ids) if pad is None else (ids != pad).long()
@@ -407,6 +430,19 @@ def _negative_prompt(model, kwargs: dict, ids, mask) -> tuple[torch.LongTensor, 
         ids = torch.cat([ids, torch.full_like(ids[:, :1], start)], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     return ids, mask.long()
+
+
+def _check_negative_prompt(model, ids, mask, rows: set[int], expected: str):
+    config = model.config
+    check_ids("negative_prompt_ids", ids, num_ids(model.get_input_embeddings(), config), always=True)
+    if ids.shape[0] not in rows or ids.shape[1] == 0 or (mask is not None and mask.shape != ids.shape):
+        masked = "" if mask is None else f" and its mask {tuple(mask.shape)}"
+        raise ValueError(
+            f"negative_prompt_ids has the shape {tuple(ids.shape)}{masked}; expected {expected}, and a mask of the "
+            "same shape."
+        )
+    if bool(((ids == config.image_token_id) | (ids == config.gen_image_token_id)).any()):
+        raise ValueError("negative_prompt_ids holds placeholders, but images cannot be given to it. Leave them out.")
 
 
 def check_right_padding(input_ids: torch.LongTensor, mask: torch.Tensor | None, start_id: int) -> None:

@@ -26,6 +26,7 @@ from transformers.generation import (
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .configuration_pisces import check_generation_config
 from .generation_options_pisces import (
     IMAGE_INPUTS,
     Guidance,
@@ -144,6 +145,7 @@ class PiscesGenerationMixin(GenerationMixin):
     def _generate(self, mode: str, kwargs: dict):
         if mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode {mode!r} is not known. Choose one of {', '.join(GENERATION_MODES)}.")
+        check_generation_config(kwargs["generation_config"])
         if mode != "text":
             self._check_drawing_options(mode, kwargs)
             self._set_image_temperature(kwargs)
@@ -209,8 +211,8 @@ class PiscesGenerationMixin(GenerationMixin):
         """A checkpoint may carry its own temperature, as it does for text."""
         if not self.model.gen_head.is_stochastic or kwargs.get("image_temperature") is not None:
             return
-        default = getattr(self.generation_config, "image_temperature", 1.0)
-        kwargs["image_temperature"] = getattr(kwargs["generation_config"], "image_temperature", default)
+        given = option_value("image_temperature", kwargs, self.generation_config)
+        kwargs["image_temperature"] = 1.0 if given is None else given
         check_number("image_temperature of the generation_config", kwargs["image_temperature"])
 
     def _open_image(self, kwargs: dict):

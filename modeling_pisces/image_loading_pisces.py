@@ -89,7 +89,9 @@ def load_image(source: Any, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, _name_of(source), max_pixels)
-    if hasattr(source, "shape") and not isinstance(source, (str, bytes)):
+    if isinstance(source, memoryview) and source.ndim > 1:
+        return _from_array(np.asarray(source), max_pixels)
+    if hasattr(source, "shape") and not isinstance(source, (str, bytes, memoryview)):
         return _from_array(source, max_pixels)
     image, name = _open(source, max_pixels)
     with image:

@@ -765,8 +765,15 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         """Note settings of the pipeline, as diffusers does; and attach the language model to a pipeline named so late.
 
         `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` builds this class without calling its
-        `from_pretrained`. Its last act is to note where the parts came from, and there the model lies too.
+        `from_pretrained`. Its last act is to note where the parts came from, and there the model lies too. Of the
+        three defaults None is, as in the constructor, what the U-Net came with.
+
+        Raises:
+            ValueError: a default that no call could use.
         """
+        if named := {name: kwargs[name] for name in DEFAULTS if name in kwargs}:
+            resolved = self._resolved_defaults(self.unet, **named)
+            kwargs |= {name: resolved[name] for name in named}
         super().register_to_config(**kwargs)
         source = kwargs.get("_name_or_path")
         if source is None or not hasattr(self, "_attach_when_named") or self.unet is None:

@@ -11,6 +11,7 @@ makes them once per call on every device.
 # B rows, T tokens, D language-model width
 import warnings
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,19 @@ def _place(bad: torch.BoolTensor) -> str:
     return f"row {row}, position {position}"
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse lists, arrays and whatever else is no tensor.
+
+    Raises:
+        ValueError: names the type.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"{name} is a {type(value).__name__}; expected a tensor, as PiscesProcessor makes with "
+            "return_tensors='pt'."
+        )
+
+
 def check_ids(name: str, ids: torch.Tensor, vocab_size: int, *, ignored: int | None = None, always: bool = False):
     """Refuse what an embedding cannot look up.
 
@@ -47,8 +61,10 @@ def check_ids(name: str, ids: torch.Tensor, vocab_size: int, *, ignored: int | N
         always: look at the values on a GPU too.
 
     Raises:
-        ValueError: no whole numbers, not (B, T), no rows, or an id outside the vocabulary, by row and position.
+        ValueError: no tensor, no whole numbers, not (B, T), no rows, or an id outside the vocabulary, by row and
+            position.
     """
+    check_tensor(name, ids)
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise ValueError(f"{name} has the dtype {ids.dtype}; expected token ids (torch.long), as the processor makes.")
     if ids.ndim != 2 or ids.shape[0] == 0:
@@ -188,8 +204,9 @@ def check_labels(name: str, labels: torch.Tensor, shape: tuple[int, int], vocab_
     """Labels as cross entropy wants them; whole numbers of any width are taken.
 
     Raises:
-        ValueError: another shape than (B, T), no whole numbers, or ids outside the vocabulary.
+        ValueError: no tensor, another shape than (B, T), no whole numbers, or ids outside the vocabulary.
     """
+    check_tensor(name, labels)
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(
             f"{name} has the shape {tuple(labels.shape)}, but the inputs have {tuple(shape)} (rows, tokens). Give one "

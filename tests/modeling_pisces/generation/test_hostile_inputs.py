@@ -1,9 +1,10 @@
 """Claims about inputs that mean nothing: refused by name, row and position, before any heavy work, never answered."""
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from modeling_pisces.placeholders_pisces import CACHE_NAME
 from tests.fixtures import make_config, make_model
@@ -350,3 +351,84 @@ def test_scores_that_are_no_numbers_choose_no_token(mode):
     model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(ValueError, match=r"the scores of rows \[0\] are not numbers"):
         model.generate(input_ids=torch.tensor([[256, 11, 12]]), generation_mode=mode, max_new_tokens=2)
+
+
+# ---- values of odd types
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [{}, {"max_new_tokens": 3}, "greedy", [], 3, False])
+def test_a_generation_config_that_is_none_is_refused(mode, bad, monkeypatch):
+    match = rf"generation_config is a {type(bad).__name__}; expected a transformers.GenerationConfig. Pass Gen"
+    refused(make_model(), monkeypatch, match, mode, input_ids=ROWS, generation_config=bad)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [[[1, 2]], (1, 2), "a cat", 3, np.array([[1, 2]]), {}])
+@pytest.mark.parametrize(
+    "name", ["input_ids", "attention_mask", "pixel_values", "negative_prompt_ids", "negative_prompt_attention_mask"]
+)
+def test_inputs_that_are_no_tensors_are_refused_by_name(mode, bad, name, monkeypatch):
+    if name == "attention_mask" and isinstance(bad, dict):
+        return  # a mask for each kind of layer comes so
+    given = {"input_ids": ROWS, "guidance_scale": 2.0, "negative_prompt_ids": ROWS} | {name: bad}
+    match = rf"{name} is a {type(bad).__name__}; expected a tensor, as PiscesProcessor makes with return_tensors='pt'"
+    refused(make_model(), monkeypatch, match, mode, **given)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_forward_too_refuses_lists(name):
+    with pytest.raises(ValueError, match=f"{name} is a list; expected a tensor"):
+        make_model()(**{"input_ids": ROWS, name: ROWS.tolist()})
+
+
+@pytest.mark.parametrize("door", ["call", "checkpoint"])
+def test_an_image_temperature_of_none_is_what_was_not_set(door):
+    """transformers reads None in a generation config as a field that nobody set."""
+    model, unset = make_model(gen_head_type="flow"), GenerationConfig(image_temperature=None)
+
+    def draw(own, **options):
+        model.generation_config = own
+        torch.manual_seed(3)
+        return generate(model, "image", input_ids=ROWS, **options)
+
+    cold = GenerationConfig(image_temperature=0.0)
+    if door == "checkpoint":
+        assert torch.equal(draw(unset), draw(GenerationConfig()))
+        assert not torch.equal(draw(unset), draw(cold))  # 1, not 0
+    else:
+        assert torch.equal(draw(cold, generation_config=unset), draw(cold))
+        assert torch.equal(draw(cold, image_temperature=None), draw(cold))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"guidance_scale": "2"}, r"guidance_scale is '2'; expected a finite number\."),
+        ({"guidance_scale": [2.0]}, r"guidance_scale is \[2.0\]; expected a finite number\."),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"negative_prompt_ids": [1, 2]}, r"negative_prompt_ids has the shape \(2,\)"),
+        ({"negative_prompt_ids": [[1.0, 2.0], [1.0, 2.0]]}, "negative_prompt_ids has the dtype torch.float32"),
+        ({"negative_prompt_ids": [[1, 2]]}, r"shape \(1, 2\); expected one row for each of the 2 generated rows"),
+        ({"negative_prompt_ids": [[1, 2]] * 2, "num_return_sequences": 2}, "each of the 4 generated rows"),
+        ({"negative_prompt_attention_mask": [[1]] * 2}, r"and its mask \(2, 1\); expected"),
+        ({"negative_prompt_attention_mask": [[1, 1, 1, 0]] * 2}, "their last negative_prompt_attention_mask"),
+    ],
+)
+def test_guidance_of_text_that_means_nothing_is_refused(options, match, monkeypatch):
+    given = {
+        "guidance_scale": 2.0,
+        "negative_prompt_ids": ROWS.tolist(),
+        "do_sample": "num_return_sequences" in options,
+    }
+    given = given | options
+    given = {name: torch.tensor(value) if "prompt" in name else value for name, value in given.items()}
+    refused(make_model(), monkeypatch, match, "text", input_ids=ROWS, **given)
+
+
+@pytest.mark.parametrize("scale", [1.5, np.float32(1.5), torch.tensor(1.5), -1, 1])
+def test_guidance_of_text_takes_any_number_as_stock_models_do(scale):
+    model, options = make_model(), {"do_sample": False, "max_new_tokens": 3}
+    found = model.generate(ROWS, guidance_scale=scale, negative_prompt_ids=ROWS + 1, **options)
+    expected = model.generate(ROWS, guidance_scale=float(scale), negative_prompt_ids=ROWS + 1, **options)
+    assert torch.equal(found, expected)

@@ -135,3 +135,27 @@ def test_from_pipe_names_the_part_that_is_missing():
     with pytest.raises(ValueError, match=r"Other has no unet, which drawing needs. Pass unet=, or a pipeline"):
         PiscesPipeline.from_pipe(Other())
     assert PiscesPipeline.from_pipe(Other(), unet=make_unet()).vae is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"default_num_inference_steps": 0}, "default_num_inference_steps is 0; expected an integer of at least 1"),
+        ({"default_num_inference_steps": "x"}, "default_num_inference_steps is 'x'"),
+        ({"default_guidance_scale": -1}, "default_guidance_scale is -1; expected a finite number >= 0"),
+        ({"default_negative": "nope"}, "default_negative is 'nope'"),
+    ],
+)
+def test_a_default_that_no_call_could_use_cannot_be_registered_later(wrong, message):
+    pipe = make_pipeline(default_num_inference_steps=3)
+    with pytest.raises(ValueError, match=message):
+        pipe.register_to_config(**wrong)
+    assert pipe.config.default_num_inference_steps == 3
+
+
+def test_none_registered_later_is_what_the_constructor_makes_of_none():
+    pipe, usual = make_pipeline(), make_pipeline()
+    pipe.register_to_config(default_num_inference_steps=7, default_guidance_scale=2.0)
+    pipe.register_to_config(default_num_inference_steps=None)
+    assert pipe.config.default_num_inference_steps == usual.config.default_num_inference_steps
+    assert pipe.config.default_guidance_scale == 2.0
