@@ -18,13 +18,14 @@ TESTS ?= tests
 WORKERS ?= 2
 SOURCE ?=
 UNTIL ?=
+VLLM ?= 0.33.0
 VERSION ?= 5.16.1 5.19.0 5.23.0 5.24.0
 
 # A shell argument, whatever quotes the value holds.
 quoted = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples tiny test test-all test-mixins test-newest test-clients test-real-parts test-transformers resolution lmms-eval docs check format wheel-check clean
+.PHONY: help setup demo examples tiny test test-all test-mixins test-newest test-clients test-vllm test-real-parts test-transformers resolution lmms-eval docs check format wheel-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -117,6 +118,22 @@ test-clients: .venv-clients/.installed ## `transformers serve` asked about pictu
 		"transformers[serving]" --editable ".[draw]"
 	@touch $@
 
+test-vllm: $(INSTALLED) .venv-vllm/vllm-$(VLLM) ## what the source of vLLM asks of our classes (VLLM=0.33.0; on transformers 5.16 to 5.20 its code runs too)
+	@PISCES_VLLM_SOURCE=.venv-vllm/vllm-$(VLLM) $(BIN)/python -m pytest -q -n 0 -rs tests/modeling_pisces/test_vllm_backend.py \
+		tests/modeling_pisces/test_serving_engines.py
+
+# Only its source is wanted, but pip asks a source package for its metadata, which vLLM computes with torch and these
+# tools; "empty" is its own word for a build without kernels, and would change the version that pip asked for.
+.venv-vllm/vllm-$(VLLM):
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@echo "Downloading the source of vLLM $(VLLM) into .venv-vllm ..."
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		torch "setuptools>=77,<81" setuptools-scm setuptools-rust wheel packaging jinja2
+	@VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$(VLLM) .venv-vllm/bin/python -m pip download --quiet \
+		--disable-pip-version-check --no-deps --no-build-isolation --no-binary vllm --dest .venv-vllm vllm==$(VLLM)
+	@tar xzf .venv-vllm/vllm-$(VLLM).tar.gz -C .venv-vllm vllm-$(VLLM)/vllm/model_executor/models vllm-$(VLLM)/vllm/plugins
+	@rm .venv-vllm/vllm-$(VLLM).tar.gz
+
 lmms-eval: $(LMMS_EVAL)/.installed ## environment of its own for evaluation.understanding, in .venv-lmms-eval
 
 $(LMMS_EVAL)/.installed: pyproject.toml constraints.txt evaluation/lmms_eval_plugin/pyproject.toml evaluation/lmms_eval_plugin/requirements.txt
@@ -150,4 +167,4 @@ wheel-check: $(INSTALLED) ## build the wheel, install it alone in an empty envir
 	@$(BIN)/python -m pytest -q -m slow tests/test_project.py
 
 clean: ## remove environments, caches and build products (outputs/ and runs/ stay)
-	rm -rf .venv .venv-uv .venv-lmms-eval .venv-newest .venv-clients .venv-real-parts .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-uv .venv-vllm .venv-lmms-eval .venv-newest .venv-clients .venv-real-parts .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
