@@ -61,7 +61,8 @@ def measure_faults(folder: Path, count: int, num_scored: int) -> dict[str, Any]:
     run_dedup(index, CopyRules())
     lap("dedup")
     benchmark = folder / "raw" / "benchmark"
-    paths = {"pictures": [str(benchmark / "pictures")], "prompts": [str(benchmark / "prompts.txt")]}
+    paths: dict[str, Any] = {"pictures": [str(benchmark / "pictures")], "prompts": [str(benchmark / "prompts.txt")]}
+    paths["ngram"] = 60  # whole prompts: captions of one grammar share any eight words in a row
     run_contamination(index, contamination_settings(paths, "benchmark"), workers)
     lap("contamination")
     columns = ("id", "duplicate_of", "benchmark")

@@ -65,7 +65,7 @@ class CopyRules:
     thumb_distance: float = 2.5
     crops: bool = True
     cosine: float = 0.8
-    crop_distance: float = 1.0
+    crop_distance: float = 1.5
     mirrored: bool = False
     keep: str = "largest"
 
