@@ -23,14 +23,13 @@ from typing import Any
 
 from benchmarks.curation_faults import Scenes, plant, shaded_photo
 from curation.records.scanning import run_scan
-from curation.records.sources import list_pictures
-from curation.rules.benchmarks import contamination_settings, run_contamination
-from curation.rules.copies import CopyRules
-from curation.rules.deduplication import run_dedup
-from curation.rules.filtering import run_filter
+from curation.records.sources import list_pictures, sources_of
 from curation.run import main as run
-from curation.scan import sources_of
 from curation.shards.runner import Workers
+from curation.stages.benchmarks import contamination_settings, run_contamination
+from curation.stages.copies import CopyRules
+from curation.stages.deduplication import run_dedup
+from curation.stages.filtering import run_filter
 from pisces_commands.arguments import COUNT, LineParser
 from pisces_commands.ending import one_line_ending
 from pisces_commands.measurement import current_command, current_commit, describe_hardware

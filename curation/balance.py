@@ -8,9 +8,9 @@ python -m curation.balance --index work/index --by field:tag --cap 500
 import argparse
 import sys
 
-from curation.rules.balancing import DEFAULTS, balance_settings, count_groups, run_balance
 from curation.shards.index import Index
 from curation.shards.options import end, make_parser
+from curation.stages.balancing import DEFAULTS, balance_settings, count_groups, run_balance
 from pisces_commands.arguments import COUNT, SEED
 
 

@@ -9,9 +9,9 @@ is found where it stands in a caption; of a prompt longer than eight words, any 
 import argparse
 import sys
 
-from curation.rules.benchmarks import DEFAULTS, contamination_settings, run_contamination
 from curation.shards.index import Index
 from curation.shards.options import add_workers, end, make_parser, tell_unfinished, workers_of
+from curation.stages.benchmarks import DEFAULTS, contamination_settings, run_contamination
 from pisces_commands.arguments import finite_number, whole_number
 from pisces_commands.ending import EXIT_FAILED
 

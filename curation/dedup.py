@@ -9,10 +9,10 @@ The largest of a group stays; every other row names the rule, the distance and t
 import argparse
 import sys
 
-from curation.rules.copies import CopyRules
-from curation.rules.deduplication import KEEP, copy_rules, run_dedup
 from curation.shards.index import Index
 from curation.shards.options import end, make_parser, tell_rules
+from curation.stages.copies import CopyRules
+from curation.stages.deduplication import KEEP, copy_rules, run_dedup
 from pisces_commands.arguments import SHARE, finite_number, whole_number
 
 

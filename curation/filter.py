@@ -8,11 +8,11 @@ The rules and their thresholds stand in the YAML file; a rejected picture keeps 
 import argparse
 import sys
 
-from curation.rules.filtering import run_filter
 from curation.rules.thresholds import check_settings
-from curation.shards.flow import STAGE_GROUPS
 from curation.shards.index import Index
 from curation.shards.options import add_workers, end, make_parser, read_yaml, tell_rules, tell_unfinished, workers_of
+from curation.stages.filtering import run_filter
+from curation.stages.flow import STAGE_GROUPS
 
 
 def build_parser() -> argparse.ArgumentParser:

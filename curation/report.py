@@ -11,9 +11,9 @@ import argparse
 import json
 import sys
 
-from curation.rules.reporting import Report
 from curation.shards.index import Index
 from curation.shards.options import end, make_parser
+from curation.stages.reporting import Report
 from modeling_pisces.console.contact_sheet import make_contact_sheet
 from pisces_commands.arguments import COUNT
 from pisces_commands.writing import write_whole

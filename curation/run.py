@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 
 from curation.records.exporting import tell_export
-from curation.records.sources import ROWS_PER_SHARD
-from curation.scan import sources_of
-from curation.shards.flow import check_config, run_all
+from curation.records.sources import ROWS_PER_SHARD, sources_of
 from curation.shards.options import add_workers, end, make_parser, read_yaml, workers_of
+from curation.stages.flow import check_config, run_all
 from pisces_commands.arguments import COUNT
 
 

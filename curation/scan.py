@@ -8,13 +8,10 @@ tar shards, Parquet. Stop and repeat at will: a shard that is there is not made 
 """
 
 import argparse
-import glob
 import sys
-from pathlib import Path
-from typing import Any
 
 from curation.records.scanning import run_scan
-from curation.records.sources import ROWS_PER_SHARD
+from curation.records.sources import ROWS_PER_SHARD, sources_of
 from curation.shards.index import Index
 from curation.shards.options import add_workers, end, make_parser, tell_unfinished, workers_of
 from modeling_pisces.image_loading_pisces import DEFAULT_MAX_PIXELS
@@ -32,23 +29,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_pixels", type=COUNT, default=DEFAULT_MAX_PIXELS, help="larger pictures are not decoded")
     add_workers(parser)
     return parser
-
-
-def sources_of(paths: list[str], license: str | None = None) -> list[dict[str, Any]]:
-    """What to read: patterns resolved, each with the name that rows without a source of their own get.
-
-    Raises:
-        ValueError: a pattern that nothing fits.
-    """
-    sources = []
-    for text in paths:
-        found = sorted(glob.glob(text)) if any(char in text for char in "*?[") else [text]
-        if not found:
-            raise ValueError(f"{text}: nothing fits this pattern (looked from {Path.cwd()}). Check --data.")
-        for name in found:
-            path = Path(name).absolute()
-            sources.append({"path": str(path), "source": path.name, "license": license})
-    return sources
 
 
 def summarize(index: Index) -> str:

@@ -1,4 +1,4 @@
-"""Scores of a shard by the models that a configuration names. `rules.filtering` runs it as the stage `scores`.
+"""Scores of a shard by the models that a configuration names. `stages.filtering` runs it as the stage `scores`.
 
 Blocks are cut inside a shard, so that a score does not depend on who computes it.
 """
@@ -14,8 +14,7 @@ from curation.models.dual import KINDS, kind_of, load_dual, load_head, rate
 from curation.models.pisces import digest_of, load_judge
 from curation.models.server import ChatServer
 from curation.records.reading import read_shard
-from curation.rules.filtering import SCORES
-from curation.rules.thresholds import judge
+from curation.rules.thresholds import SCORES, judge
 from curation.shards.index import Index
 from curation.shards.tables import make_table
 from modeling_pisces.image_loading_pisces import load_image

@@ -6,6 +6,7 @@ its files, so that a changed file is a new shard. `records.reading` reads them.
 """
 
 import csv
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -27,6 +28,23 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 ROWS_PER_SHARD = 512
 
 Entry = dict[str, Any]  # {"place", "id", "record" or "problem", "files": [[name, bytes, time in ns] ...]}
+
+
+def sources_of(paths: list[str], license: str | None = None) -> list[dict[str, Any]]:
+    """What to read: patterns resolved, each with the name that rows without a source of their own get.
+
+    Raises:
+        ValueError: a pattern that nothing fits.
+    """
+    sources = []
+    for text in paths:
+        found = sorted(glob.glob(text)) if any(char in text for char in "*?[") else [text]
+        if not found:
+            raise ValueError(f"{text}: nothing fits this pattern (looked from {Path.cwd()}). Check --data.")
+        for name in found:
+            path = Path(name).absolute()
+            sources.append({"path": str(path), "source": path.name, "license": license})
+    return sources
 
 
 def plan_inputs(index: Path, sources: list[dict[str, Any]], rows_per_shard: int = ROWS_PER_SHARD) -> int:

@@ -1,1 +1,1 @@
-"""Decisions from numbers and words, without a network: measures of a picture, thresholds, near copies, captions."""
+"""Decisions from numbers and words alone: measures of a picture, thresholds, pairs that are near, captions. Pure."""

@@ -8,6 +8,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
+
+# columns that models fill: scores of a picture, and the question that `yes` is of
+SCORES = pa.schema(
+    [("agreement", pa.float64()), ("aesthetics", pa.float64()), ("yes", pa.float64()), ("asked", pa.string())]
+)
+
 
 class Limit(NamedTuple):
     """One threshold: where it stands in the settings, the rule it belongs to, the column, and which side is kept."""

@@ -12,7 +12,7 @@ import yaml
 
 from curation.filter import build_parser as filter_parser
 from curation.rules.thresholds import GROUPS
-from curation.shards.flow import check_config
+from curation.stages.flow import check_config
 from tests.checkpoint_folder import write_checkpoint
 from tests.curation.curation_fixtures import encode, photo, write_collection
 

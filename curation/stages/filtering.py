@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from curation.rules.thresholds import at_quantile, judge
+from curation.rules.thresholds import SCORES, at_quantile, judge
 from curation.shards.index import Index
 from curation.shards.runner import Workers, run_stage
 from curation.shards.tables import make_table
@@ -16,9 +16,6 @@ from curation.shards.tables import make_table
 
 DECISION = pa.schema([("rule", pa.string()), ("detail", pa.string())])
 SCORED = ("agreement", "aesthetics", "questions")  # groups of rules that need a model
-SCORES = pa.schema(
-    [("agreement", pa.float64()), ("aesthetics", pa.float64()), ("yes", pa.float64()), ("asked", pa.string())]
-)
 COLUMNS = ("problem", "shape", "text", "width", "height", "entropy", "one_color", "sharpness", "picture")
 
 

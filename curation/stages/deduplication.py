@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curation.rules.copies import CopyRules, find_copies
 from curation.shards.index import Index
 from curation.shards.tables import make_table, write_table
+from curation.stages.copies import CopyRules, find_copies
 
 
 TABLE = pa.schema([("rule", pa.string()), ("detail", pa.string()), ("duplicate_of", pa.string())])

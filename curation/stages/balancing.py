@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from curation.rules.benchmarks import as_thumbs
 from curation.rules.near import thumb_vectors, unit_rows
 from curation.shards.index import Index
 from curation.shards.tables import make_table, write_table
+from curation.stages.benchmarks import as_thumbs
 
 
 TABLE = pa.schema([("rule", pa.string()), ("detail", pa.string()), ("group", pa.string())])
