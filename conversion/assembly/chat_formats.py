@@ -130,10 +130,10 @@ _SKELETON = """\
             {%- set first = none if message['content'] is string else message['content'] | first %}
             {%- if not first or first['type'] != 'image' %}{{- ANSWER_LEAD }}{%- endif %}
             {%- if message['content'] is string %}
-                {{- message['content']TRIM }}
+                {{- message['content']TRIM_ANSWER }}
             {%- else %}
                 {%- for part in message['content'] %}
-                    {{- GEN_IMAGE_TOKEN if part['type'] == 'image' else (part['text']TRIM_PART) }}
+                    {{- GEN_IMAGE_TOKEN if part['type'] == 'image' else (part['text']TRIM_PART_OF_ANSWER) }}
                 {%- endfor %}
             {%- endif %}
             {{- ANSWER_END }}
@@ -145,10 +145,10 @@ _SKELETON = """\
         USER_HEADER_OF_TURN
         {%- endif %}
         {%- if message['content'] is string %}
-            {{- message['content']TRIM }}
+            {{- message['content']TRIM_ASKED }}
         {%- else %}
             {%- for part in message['content'] %}
-                {{- IMAGE_TOKEN if part['type'] == 'image' else (part['text']TRIM_PART) }}
+                {{- IMAGE_TOKEN if part['type'] == 'image' else (part['text']TRIM_PART_OF_ASKED) }}
             {%- endfor %}
         {%- endif %}
         {{- SYSTEM_END if message['role'] == 'system' else USER_END }}
@@ -280,13 +280,28 @@ def fill_skeleton(form: ChatFormat, image_token: str, gen_image_token: str) -> s
         "SYSTEM_END": _literal(form.system_end),
         "USER_HEADER": " + message['role'] + ".join(map(_literal, form.user_header.split("ROLE"))),
         "USER_END": _literal(form.user_end),
-        "TRIM": " | trim" if form.trims else "",
-        # a part that stands beside others keeps its spaces: they part it from them
-        "TRIM_PART": " | trim if message['content'] | length == 1 else part['text']" if form.trims else "",
     }
+    for name, condition in (("ANSWER", _always(form.trims_answer)), ("ASKED", _trimmed_roles(form))):
+        # a part that stands beside others keeps its spaces: they part it from them
+        alone = " and message['content'] | length == 1"
+        expressions[f"TRIM_{name}"] = f" | trim if {condition} else message['content']" if condition else ""
+        expressions[f"TRIM_PART_OF_{name}"] = f" | trim if {condition}{alone} else part['text']" if condition else ""
     skeleton = _SKELETON.replace("USER_HEADER_OF_TURN", _FOLDED_HEADER if form.folds else _USER_HEADER)
     pattern = re.compile("|".join(sorted(expressions, key=len, reverse=True)))
     return pattern.sub(lambda match: expressions[match.group()], skeleton)
+
+
+def _always(flag: bool) -> str:
+    return "true" if flag else ""
+
+
+def _trimmed_roles(form: ChatFormat) -> str:
+    """A Jinja condition for a turn that is not the assistant's; empty where none loses its spaces."""
+    if form.trims_user and form.trims_system:
+        return "true"
+    if form.trims_user:
+        return "message['role'] != 'system'"
+    return "message['role'] == 'system'" if form.trims_system else ""
 
 
 def _literal(text: str) -> str:

@@ -29,7 +29,7 @@ class ChatFormat:
         end_token: ends generation.
         after: follows it.
         folds: a system's text stands inside the user turn after it, which then has no header of its own.
-        trims: contents lose the space around them.
+        trims_user, trims_answer, trims_system: contents of these roles lose the space around them.
     """
 
     start: str
@@ -45,7 +45,9 @@ class ChatFormat:
     lead: str = ""
     final_lead: str = ""
     folds: bool = False
-    trims: bool = False
+    trims_user: bool = False
+    trims_answer: bool = False
+    trims_system: bool = False
 
 
 class UnreadableFormat(ValueError):
@@ -67,7 +69,7 @@ PROBES = {
     "an answer": _turns(USER, ANSWER),
     "two rounds": _turns(USER, ANSWER, SECOND),
     "two rounds and a final answer": _turns(USER, ANSWER, SECOND, AGAIN),
-    "spaces around the contents": _turns(f" {USER}\n", f" {ANSWER} "),
+    "spaces around the contents": _turns(f"\n\n\n  {USER}  \n\n\n", f"\n\n\n  {ANSWER}  \n\n\n"),
 }
 SYSTEM_PROBES = {
     "a system turn": _turns(SYSTEM, USER),
@@ -144,7 +146,6 @@ def read_own_format(tokenizer: Any) -> ChatFormat:
         }
     if user_header.count("user") == 1 and user_header.replace("user", "system") == parts["system_header"]:
         user_header = user_header.replace("user", "ROLE")  # such formats write any role in its place
-    spaced = render(tokenizer, _turns(f" {USER} "))
     return ChatFormat(
         start=start,
         user_header=user_header,
@@ -155,9 +156,21 @@ def read_own_format(tokenizer: Any) -> ChatFormat:
         end=end,
         end_token=end_token,
         after=after,
-        trims=spaced is not None and f" {USER} " not in spaced,
+        trims_user=_trims(tokenizer, USER, _turns(spaced(USER))),
+        trims_answer=_trims(tokenizer, ANSWER, _turns(USER, spaced(ANSWER))),
+        trims_system=_trims(tokenizer, SYSTEM, [{"role": "system", "content": spaced(SYSTEM)}, *_turns(USER)]),
         **parts,
     )
+
+
+def spaced(content: str) -> str:
+    """A content in more space than any format has around one."""
+    return f"\n\n\n  {content}  \n\n\n"
+
+
+def _trims(tokenizer: Any, content: str, messages: list[dict[str, str]]) -> bool:
+    text = render(tokenizer, messages)
+    return text is not None and content in text and spaced(content) not in text
 
 
 def _own(tokenizer: Any, messages: list[dict[str, str]], prompt: bool = False) -> str:
