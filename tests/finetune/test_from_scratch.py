@@ -275,9 +275,10 @@ def test_every_stage_learns_and_a_run_stopped_in_each_ends_the_same(patterns, tm
         assert all(torch.equal(one[name][key], other[name][key]) for key in one[name]), name
     shutil.rmtree(parts / "model")
 
+    start = words(tmp_path, patterns, whole)
+    write_config(tmp_path, unet={**TOY["unet"], "learning_rate": 0.1})
+    with pytest.raises(UsageError, match=r"unet: learning_rate is 0.1, but the step was done with 0.003"):
+        from_scratch.main(start)
     (patterns / "rows.jsonl").write_text((patterns / "rows.jsonl").read_text() + "\n")
     with pytest.raises(UsageError, match=r"data: the files behind .* have changed since .* began with them"):
         from_scratch.main(words(tmp_path, patterns, whole))
-    changed = write_config(tmp_path, unet={**TOY["unet"], "learning_rate": 0.1})
-    with pytest.raises(UsageError, match=r"unet: learning_rate is 0.1, but the step was done with 0.003"):
-        from_scratch.main(["--config", changed, *words(tmp_path, patterns, whole)[2:]])

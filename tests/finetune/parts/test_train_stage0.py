@@ -6,21 +6,23 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, Dinov2Config, SiglipVisionConfig, SiglipVisionModel
 
 from finetune.parts import gen_encoder as gen_encoder_recipe
 from finetune.parts import vision as vision_recipe
 from finetune.parts.captioned import load_pictures, prepare
-from finetune.parts.contrast import phrase_ids
+from finetune.parts.contrast import SigmoidMatch, caption_phrases, phrase_ids
 from finetune.parts.gen_encoder import grid_positions
-from finetune.parts.pictures import TensorRows, edge_strength, to_pixel_values, to_uint8
+from finetune.parts.pictures import TensorRows, edge_strength, shift_pictures, to_pixel_values, to_uint8
 from finetune.parts.trainer import RunArguments, WeightAverage, train
 from finetune.parts.whitening import pooled_vectors, whiten_output
 from finetune.scenes.labels import patch_labels
 from finetune.scenes.render import main as write_scenes
 from modeling_pisces.configuration_pisces import PiscesGenVisionConfig
 from modeling_pisces.modeling_pisces_gen_vision import PiscesGenVisionModel
+from pisces_commands.arguments import UsageError
 from pisces_commands.measurement import describe_hardware
 
 
@@ -102,6 +104,80 @@ def test_vision_recipe_learns_and_saves_a_stock_tower_without_a_head(scenes, tmp
     tower = SiglipVisionModel.from_pretrained(tmp_path)
     assert tower(torch.zeros(2, 3, 64, 64)).last_hidden_state.shape == (2, 64, 32)
     assert not [name for name in tower.state_dict() if "head" in name]
+
+
+def test_the_understanding_tower_learns_from_captions_alone(scenes, tmp_path):
+    run_recipe(vision_recipe, scenes, tmp_path, "30", "--max_shift", "0.05", *SMALL_TOWER)
+    assert_learned(tmp_path)
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert set(metrics) == {"caption_of_picture_accuracy", "picture_of_caption_accuracy"}
+
+
+def test_labels_need_a_truth_and_say_what_to_leave_out(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    with pytest.raises(UsageError, match=r"2 of 2 pictures have no truth, the first is a. Leave --labels out"):
+        run_recipe(vision_recipe, tmp_path, tmp_path / "out", "1", "--labels", "scenes")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--hidden_size", "48"], "--hidden_size 48: expected a multiple of 32"),
+        (["--patch_size", "7"], "--patch_size 7: pictures of 64 pixels are not whole patches"),
+        (["--pool_stride", "3"], "--pool_stride 3: expected a divisor of 8"),
+    ],
+)
+def test_a_tower_that_cannot_be_is_refused(scenes, tmp_path, flags, message):
+    with pytest.raises(UsageError, match=message):
+        run_recipe(gen_encoder_recipe, scenes, tmp_path, "1", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--vae_channels", "8", "12"], r"--vae_channels \[8, 12\]: expected two or more multiples of 8"),
+        (["--unet_channels", "64"], r"--unet_channels \[64\]: expected two or more multiples of 16"),
+        (["--vae_channels", *(["8"] * 7)], "halve a side 7 times, but pictures of 64 pixels are no multiple of 128"),
+    ],
+)
+def test_levels_that_cannot_be_are_refused(scenes, tmp_path, flags, message):
+    with pytest.raises(UsageError, match=message):
+        run_recipe(decoder_recipe, scenes, tmp_path, "1", "--part", "vae", *flags)
+
+
+def test_the_sigmoid_loss_judges_every_pair_and_knows_shared_captions():
+    torch.manual_seed(0)
+    match = SigmoidMatch(8)
+    pictures, phrases = torch.randn(3, 8), caption_phrases([["a cat"], ["a dog"], ["a cat"]])[:, 0]
+    scores, expected = match.score(pictures, phrases), 0.0
+    for row, first in enumerate(("cat", "dog", "cat")):
+        for column, second in enumerate(("cat", "dog", "cat")):
+            sign = 1 if first == second else -1
+            expected += float(torch.log1p(torch.exp(-sign * scores[row, column]))) / 3
+    assert float(match(pictures, phrases)) == pytest.approx(expected, rel=1e-5)
+    assert torch.allclose(scores[:, 0], scores[:, 2])
+
+
+def test_phrases_of_signs_without_blanks_share_what_they_share():
+    assert set(phrase_ids("\u8d64\u3044\u661f")) & set(phrase_ids("\u9752\u3044\u661f"))
+    several = caption_phrases([["one", "the longer one"], []], num_captions=3)
+    assert torch.equal(several[0, 0], several[0, 2]) and not torch.equal(several[0, 0], several[0, 1])
+    assert several[1].sum() == 0
+
+
+def test_pictures_are_moved_and_zoomed_by_no_more_than_asked():
+    picture = torch.full((8, 3, 40, 40), 255, dtype=torch.uint8)
+    picture[..., 15:25, 15:25] = 0
+    assert shift_pictures(picture, 0.0) is picture
+    moved = shift_pictures(picture, 0.05)
+    assert moved.dtype == torch.uint8 and not torch.equal(moved, picture)
+    assert len({tuple(one.flatten().tolist()) for one in moved}) == 8  # each in its own way
+    assert (
+        moved[..., 18:22, 18:22] == 0
+    ).all()  # a square of 10, moved by 2 and zoomed by a twentieth, still covers this
+    assert (moved[..., :8, :] == 255).all() and (moved[..., -8:] == 255).all()
 
 
 def test_results_tell_how_the_run_was_made(gen_encoder):
