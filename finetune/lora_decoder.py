@@ -35,12 +35,12 @@ class LoraDecoderArguments:
     model_name_or_path: str = field(default="", metadata={"help": "checkpoint folder or Hub id with a decoder"})
     heldout_share: float = field(default=0.1, metadata={"help": "of the pictures, kept from training to measure on"})
     keep: list[str] | None = field(default=None, metadata={"help": "pictures that the base draws and must not forget"})
-    keep_share: float = field(default=0.3, metadata={"help": "of the rows of a batch, taken from --keep"})
+    keep_share: float = field(default=0.4, metadata={"help": "of the rows of a batch, taken from --keep"})
     lora_r: int = field(default=16, metadata={"help": "rank; alpha is the same, as files of diffusers assume it"})
     targets: Literal["all", "attention"] = field(
         default="all", metadata={"help": "layers with an update: all that multiply, or those of attention alone"}
     )
-    vector_noise: float = field(default=0.1, metadata={"help": "noise on vectors, in their standard deviations"})
+    vector_noise: float = field(default=0.03, metadata={"help": "noise on vectors, in their standard deviations"})
     vector_dropout: float = field(default=0.1, metadata={"help": "share of rows whose vectors say nothing"})
     max_steps: int = field(default=800, metadata={"help": "optimizer steps of the run, those before a resume too"})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "pictures per step"})

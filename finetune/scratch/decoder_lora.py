@@ -57,8 +57,11 @@ class LoraTraining(nn.Module):
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         return Loaded([name for name in found.missing_keys if "lora_" in name], found.unexpected_keys)
 
-    def forward(self, latents: torch.Tensor, vectors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mean squared error of noise, velocity or sample, whichever the U-Net predicts."""
+    def forward(self, latents: torch.Tensor, vectors: torch.Tensor, is_kept: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Mean squared error of noise, velocity or sample, whichever the U-Net predicts.
+
+        What is to be kept learns from the base's own prediction: it has no noise, and is met exactly at the start.
+        """
         device, number = latents.device, len(latents)
         vectors = vectors + self.noise * torch.randn_like(vectors)
         is_silent = torch.rand(number, 1, 1, device=device) < self.dropout
@@ -70,10 +73,22 @@ class LoraTraining(nn.Module):
         steps = (position * config.num_train_timesteps).long()
         noise = torch.randn_like(latents)
         noisy = self.scheduler.add_noise(latents, noise, steps)
-        targets = {"epsilon": lambda: noise, "sample": lambda: latents}
+        targets = {"epsilon": noise.clone, "sample": latents.clone}
         targets["v_prediction"] = lambda: self.scheduler.get_velocity(latents, noise, steps)
+        target = targets[config.prediction_type]()
+        if is_kept.any():
+            target[is_kept] = self.base_prediction(noisy[is_kept], steps[is_kept], vectors[is_kept])
         predicted = predict(self.unet, noisy, steps, vectors, None, 1.0, self.time_ids)
-        return {"loss": F.mse_loss(predicted, targets[config.prediction_type]())}
+        return {"loss": F.mse_loss(predicted, target)}
+
+    @torch.no_grad()
+    def base_prediction(self, noisy: torch.Tensor, steps: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """What the U-Net says without its adapter."""
+        self.unet.disable_adapters()
+        try:
+            return predict(self.unet, noisy, steps, vectors, None, 1.0, self.time_ids)
+        finally:
+            self.unet.enable_adapters()
 
 
 class DecoderLora:
@@ -140,13 +155,14 @@ class DecoderLora:
         self.deviation = float(vectors.std())
         self.model.noise *= self.deviation
         if kept is None or not keep_share:
-            return TensorRows(latents=latents, vectors=vectors)
+            return TensorRows(latents=latents, vectors=vectors, is_kept=torch.zeros(len(latents), dtype=torch.bool))
         kept_latents, kept_vectors = self.encode(kept.pictures)
         times = max(1, math.ceil(len(kept_latents) * (1 - keep_share) / keep_share / len(latents)))
         fill = max(1, math.ceil(len(latents) * keep_share / (1 - keep_share) / len(kept_latents)))
         return TensorRows(
             latents=torch.cat([latents.repeat(times, 1, 1, 1), kept_latents.repeat(fill, 1, 1, 1)]),
             vectors=torch.cat([vectors.repeat(times, 1, 1), kept_vectors.repeat(fill, 1, 1)]),
+            is_kept=torch.arange(len(latents) * times + len(kept_latents) * fill) >= len(latents) * times,
         )
 
     def training_model(self, rank: int, targets: str, noise: float, dropout: float) -> LoraTraining:

@@ -98,7 +98,9 @@ def test_the_adapter_goes_on_comes_off_is_fused_and_swapped(adapter, look):
     assert not torch.allclose(on, base, atol=1e-3)
     pipe.disable_lora()
     assert torch.equal(picture_of(pipe, look / "0.png"), base)
-    pipe.enable_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(picture_of(pipe, look / "0.png"), base)
+    pipe.load_lora_weights(adapter, adapter_name="look")
     pipe.fuse_lora()
     torch.testing.assert_close(picture_of(pipe, look / "0.png"), on, atol=1e-3, rtol=0)
     pipe.unfuse_lora()
@@ -108,8 +110,6 @@ def test_the_adapter_goes_on_comes_off_is_fused_and_swapped(adapter, look):
     swapped = picture_of(pipe, look / "0.png")
     pipe.set_adapters(["look"], adapter_weights=[0.5])
     torch.testing.assert_close(swapped, picture_of(pipe, look / "0.png"), atol=1e-4, rtol=0)
-    pipe.unload_lora_weights()
-    assert torch.equal(picture_of(pipe, look / "0.png"), base)
 
 
 def test_the_measured_pictures_are_those_of_the_saved_adapter(adapter, look):
@@ -121,6 +121,7 @@ def test_the_measured_pictures_are_those_of_the_saved_adapter(adapter, look):
     assert fresh.measure(heldout, None, 2)["heldout"].psnr == pytest.approx(told["heldout_psnr"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_weights_of_a_whole_one(adapter, look, tmp_path, monkeypatch):
     save = trainer.WholeCheckpoints._save_checkpoint
 
@@ -184,6 +185,7 @@ def test_a_push_is_one_private_commit_of_weights_and_card(adapter, monkeypatch):
     assert b"pipe.load_lora_weights" in commit.files["README.md"]
 
 
+@pytest.mark.slow
 def test_the_small_decoder_is_trained_on_as_a_whole_and_finished_into_a_model(look, tmp_path):
     from finetune.parts.assemble import finish
 
