@@ -56,6 +56,7 @@ def test_a_shape_that_is_none_ends_in_one_line(monkeypatch, capsys, tmp_path, sh
     assert end.value.code == 2 and "expected" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow  # two processes with all their imports
 def test_each_contestant_is_a_process_that_runs_when_told(monkeypatch, tmp_path):
     monkeypatch.setattr(peers, "GROUPS", {"text": (("pisces regression",), {"llama 64 tokens": 1.0})})
     monkeypatch.setattr(peers, "decoder_seconds", lambda repeats: {"4": 0.1})

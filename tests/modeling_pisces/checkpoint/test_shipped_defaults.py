@@ -54,7 +54,7 @@ def test_the_folder_ships_what_these_tests_are_about():
     assert settings["pipeline"] == {
         "default_guidance_scale": 1.0,
         "default_negative": "zeros",
-        "default_num_inference_steps": 20,
+        "default_num_inference_steps": 6,
     }
     assert settings["scheduler"]["prediction_type"] == "v_prediction"
     assert "_from_model_config" not in settings["generation"]
