@@ -9,7 +9,7 @@ the check that transformers really keeps samples apart is in the model's forward
 # B rows of the batch (packs), S samples, T tokens
 import random
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,11 @@ def _batch_lengths(conversations: list[list[dict]], processor: PiscesProcessor) 
         + (text.count(processor.gen_image_token) * gen_extra if processor.can_draw else 0)
         for row, text in zip(ids, texts, strict=True)
     ]
+
+
+def rows_of(item: Any) -> list[Row]:
+    """The rows of an item of a dataset: of a pack, all that are in it; otherwise the row itself."""
+    return item["rows"] if isinstance(item, Mapping) and "rows" in item else [item]
 
 
 class PackedRows(Dataset):

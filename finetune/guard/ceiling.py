@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from finetune.data.packing import rows_of
 from finetune.data.schema import iter_pictures
 from finetune.guard.metrics import encode_pictures
 from modeling_pisces.console.contact_sheet import Section, Tile
@@ -118,7 +119,7 @@ def drawn_pictures(items: Iterable[Any], limit: int = MAX_PICTURES) -> list[Imag
     """The first pictures that the assistant draws in rows, in packs of rows, or in pairs (the chosen answer)."""
     found: list[Image.Image] = []
     for item in items:
-        for row in item if isinstance(item, list) else [item]:
+        for row in rows_of(item):
             messages = row["messages"] if "messages" in row else row["chosen"]
             found += [
                 load_image(part["image"])

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
+from finetune.data.packing import rows_of
 from finetune.data.pictures import open_pictures
 from finetune.data.schema import Row, count_pictures
 from finetune.guard.ceiling import POOR_SIMILARITY, find_ceiling, psnr
@@ -57,7 +58,7 @@ def pick_evenly(rows: Any, number: int) -> list[Row]:
     count = min(len(rows), 2 * number)  # half of them may draw nothing
     for place in range(count):
         item = rows[place * len(rows) // count]
-        for row in item if isinstance(item, list) else [item]:
+        for row in rows_of(item):
             if "messages" in row and count_pictures(row)[1]:
                 found.append(open_pictures(row))  # paths, where a cache stood in for the towers
                 break

@@ -93,7 +93,7 @@ def test_rows_are_spread_evenly_and_packs_give_one():
     assert [row["id"] for row in pick_evenly(make_rows("d" * 10), 2)] == ["draw-0", "draw-5"]
     rows = make_rows("dudu")
     assert [row["id"] for row in pick_evenly(rows, 2)] == ["draw-0", "draw-2"]
-    assert [row["id"] for row in pick_evenly([[rows[1], rows[2]], [rows[3]]], 5)] == ["draw-2"]
+    assert [row["id"] for row in pick_evenly([{"rows": [rows[1], rows[2]]}, {"rows": [rows[3]]}], 5)] == ["draw-2"]
     assert pick_evenly(make_rows("uu"), 3) == []
 
 
