@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from finetune.flags.ranges import check_ranges
+from modeling_pisces.modeling_pisces_heads import GEN_HEADS
 from pisces_commands.arguments import UsageError
 
 
@@ -57,7 +58,7 @@ class AssembleSettings:
     hidden_size: int = field(default=192, metadata={"help": "width of the language model, a multiple of 32"})
     num_hidden_layers: int = field(default=6, metadata={"help": "layers of the language model"})
     vocabulary_size: int = field(default=1024, metadata={"help": "entries of the tokenizer"})
-    gen_head_type: Literal["flow", "mlp", "linear"] = field(default="flow", metadata={"help": "head that draws"})
+    gen_head_type: str = field(default="flow", metadata={"help": "head that draws", "choices": list(GEN_HEADS)})
     gen_loss_type: Literal["mse", "cosine"] = field(default="mse", metadata={"help": "loss of a regression head"})
     vision_feature_layer: int | None = field(default=None, metadata={"help": "layer to understand from"})
     seed: int | None = field(default=None, metadata={"help": "of its weights; default: the run's"})
