@@ -71,8 +71,8 @@ def run(step: str, command: str, done: Path, times: dict[str, Any]) -> None:
     record.write_text(json.dumps(times[step]))
 
 
-def make_rows(pictures: Path | None, work: Path, count: int) -> tuple[dict[str, Path], list[str]]:
-    """Training files by recipe, and captions that are in none of them."""
+def make_rows(pictures: Path | None, work: Path, count: int) -> tuple[dict[str, Path], list[tuple[str, Path]]]:
+    """Training files by recipe, and captions with their pictures that are in none of them."""
     if pictures is None:
         pictures = work / "scenes"
         if not (pictures / "metadata.jsonl").is_file():
@@ -94,7 +94,7 @@ def make_rows(pictures: Path | None, work: Path, count: int) -> tuple[dict[str, 
     for name, content in rows.items():
         files[name] = work / f"{name}.jsonl"
         write_whole(files[name], "".join(json.dumps(row) + "\n" for row in content))
-    return files, [caption for caption, _ in captions[count : count + 100]]
+    return files, captions[count : count + 100]
 
 
 def _row(name: str, asked: list, said: list) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def build(options: Any, work: Path, times: dict[str, Any], files: dict[str, Path
         run("quantize", f"{int8} --output {work / 'int8'}", work / "int8", times)
 
 
-def measure(options: Any, work: Path, captions: list[str]) -> dict[str, Any]:
+def measure(options: Any, work: Path, held_out: list[tuple[str, Path]]) -> dict[str, Any]:
     """The numbers of the bars."""
     questions = questions_of(ROOT / "finetune/guard/plain_text.jsonl")
     alone, tokenizer = open_gguf(options.language_model)
@@ -188,11 +188,11 @@ def measure(options: Any, work: Path, captions: list[str]) -> dict[str, Any]:
         model, _ = open_checkpoint(work / "pisces", adapter=work / name)
         after = text_right(model, processor, questions)
         kept = sum(old and now for old, now in zip(before, after, strict=True))
-        requests = [FORMS[number % len(FORMS)].format(text) for number, text in enumerate(captions)]
+        requests = [FORMS[number % len(FORMS)].format(text) for number, (text, _) in enumerate(held_out)]
         numbers = {"text_kept": round(kept / max(sum(before), 1), 4), "text_right_after": sum(after)}
         if name != "understanding":
             numbers |= {
-                "new_token_loss": new_token_loss(model, processor, requests[:20]),
+                "new_token_loss": new_token_loss(model, processor, drawing_rows(requests, held_out)[:20]),
                 "rank_after_requests": ranks_of_start(model, processor, requests[: options.texts]),
                 "rank_after_questions": ranks_of_start(model, processor, asked),
                 "opened_of_requests": image_openings(model, processor, requests),
@@ -208,6 +208,16 @@ def measure(options: Any, work: Path, captions: list[str]) -> dict[str, Any]:
         open_checkpoint(work / "pisces", adapter=work / "joint")[0],
     )
     return found
+
+
+def drawing_rows(requests: list[str], held_out: list[tuple[str, Path]]) -> list[dict[str, Any]]:
+    """Rows with opened pictures, as `load_data` returns them."""
+    from PIL import Image
+
+    return [
+        _row(f"held-out-{number}", [{"type": "text", "text": text}], [{"type": "image", "image": Image.open(picture)}])
+        for number, (text, (_, picture)) in enumerate(zip(requests, held_out, strict=True))
+    ]
 
 
 def questions_of(file: Path) -> list[tuple[str, str]]:
@@ -236,9 +246,9 @@ def main(arguments: list[str] | None = None) -> None:
     options.language_model = str(Path(options.language_model).resolve())
     options.towers = str(Path(options.towers).resolve())
     times: dict[str, Any] = {}
-    files, captions = make_rows(options.pictures, work, options.num_pictures)
+    files, held_out = make_rows(options.pictures, work, options.num_pictures)
     build(options, work, times, files)
-    write_result(options.output, "real_parts", BAR, {"measured": measure(options, work, captions), "commands": times})
+    write_result(options.output, "real_parts", BAR, {"measured": measure(options, work, held_out), "commands": times})
 
 
 if __name__ == "__main__":

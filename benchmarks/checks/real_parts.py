@@ -85,19 +85,20 @@ def text_right(model: Any, processor: Any, questions: Sequence[tuple[str, str]])
 
 
 @torch.no_grad()
-def new_token_loss(model: Any, processor: Any, requests: Sequence[str]) -> float:
-    """Mean cross entropy, nats, of `<|gen_start|>` after a request to draw and of `<|gen_end|>` after the vectors."""
-    config, losses = model.config, []
-    ids = [config.gen_start_token_id] + [config.gen_image_token_id] * config.num_gen_image_tokens
-    ids += [config.gen_end_token_id]
-    for text in requests:
-        vectors = model.generate(**_prompts(processor, [text], generation_mode="image"), generation_mode="image")
-        prompt = _prompts(processor, [text])["input_ids"]
-        whole = torch.cat([prompt, torch.tensor([ids])], dim=1)
-        logits = model(input_ids=whole, gen_image_vectors=vectors).logits[0].float().log_softmax(-1)
-        places = (prompt.shape[1], whole.shape[1] - 1)
-        losses += [-float(logits[place - 1, whole[0, place]]) for place in places]
-    return round(sum(losses) / len(losses), 5)
+def new_token_loss(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean cross entropy, nats, of `<|gen_start|>` and of `<|gen_end|>` in rows that draw, as a trainer sees them."""
+    from finetune.data.collator import PiscesDataCollator
+
+    ids = {"gen_start": model.config.gen_start_token_id, "gen_end": model.config.gen_end_token_id}
+    losses: dict[str, list[float]] = {name: [] for name in ids}
+    for row in rows:
+        batch = PiscesDataCollator(processor)([row])
+        labels = batch.pop("labels")[0]
+        scores = model(**batch).logits[0].float().log_softmax(-1)
+        for name, token in ids.items():
+            losses[name] += [-float(scores[place - 1, token]) for place in (labels == token).nonzero().flatten()]
+    means = {name: sum(values) / len(values) for name, values in losses.items()}
+    return {name: round(value, 5) for name, value in means.items()} | {"mean": round(sum(means.values()) / 2, 5)}
 
 
 @torch.no_grad()
