@@ -20,7 +20,10 @@ PICTURES = {".png", ".svg", ".jpg"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 NAVIGATION = {
     "Start": ["architecture.md"],
-    "Use and train": ["finetune.md", "data.md", "preferences.md", "scale.md", "speed.md", "memory.md"],
+    "Use and train": [
+        *("finetune.md", "from_scratch.md", "data.md", "curation.md"),
+        *("preferences.md", "scale.md", "speed.md", "memory.md"),
+    ],
     "Build": ["assemble.md", "compatibility.md"],
     "Score": ["evaluate.md", "evaluate_understanding.md", "evaluate_drawing.md", "model_card.md"],
     "Reference": ["reference.md"],

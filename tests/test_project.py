@@ -93,6 +93,13 @@ FLOORS = {
         "formats": {"assembly", "storage"},
         "checks": {"assembly", "storage"},
     },
+    "curation": {
+        "rules": set(),
+        "shards": set(),
+        "records": {"rules", "shards"},
+        "models": {"records", "rules", "shards"},
+        "stages": {"models", "records", "rules", "shards"},
+    },
     "evaluation": {
         "runs": set(),
         "report": {"runs"},
@@ -256,6 +263,9 @@ def test_files_are_written_in_one_place():
         "evaluation/understanding/harness.py",  # logs of the harness
         "benchmarks/assemble.py",  # in a temporary folder
         "examples/emoji/make_data.py",
+        "benchmarks/curation.py",  # in a temporary folder
+        "benchmarks/curation_faults.py",  # in that folder
+        "benchmarks/real_parts.py",  # in its work folder
         "examples/emoji/judge_network.py",
     }
     writing = re.compile(
