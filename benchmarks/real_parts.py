@@ -30,6 +30,7 @@ from benchmarks.checks.real_parts import (
     ranks_of_start,
     text_right,
 )
+from modeling_pisces import load_image
 from pisces_commands.arguments import COUNT, LineParser
 from pisces_commands.ending import run_command
 from pisces_commands.measurement import write_result
@@ -212,10 +213,8 @@ def measure(options: Any, work: Path, held_out: list[tuple[str, Path]]) -> dict[
 
 def drawing_rows(requests: list[str], held_out: list[tuple[str, Path]]) -> list[dict[str, Any]]:
     """Rows with opened pictures, as `load_data` returns them."""
-    from PIL import Image
-
     return [
-        _row(f"held-out-{number}", [{"type": "text", "text": text}], [{"type": "image", "image": Image.open(picture)}])
+        _row(f"held-out-{number}", [{"type": "text", "text": text}], [{"type": "image", "image": load_image(picture)}])
         for number, (text, (_, picture)) in enumerate(zip(requests, held_out, strict=True))
     ]
 
