@@ -157,9 +157,6 @@ class PiscesModel(PiscesPreTrainedModel):
         config: a `PiscesConfig`; with `gen_vision_config=None` the three `gen_` parts are None.
     """
 
-    # a full checkpoint also holds the lm_head, which this class leaves to PiscesForConditionalGeneration
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
-
     def __init__(self, config: PiscesConfig):
         super().__init__(config)
         width = config.text_config.hidden_size
@@ -175,6 +172,15 @@ class PiscesModel(PiscesPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self._adapters_are_checked = False  # adapters come later, if at all
         self.post_init()
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info):
+        """A full checkpoint also holds the lm_head, which this class leaves to PiscesForConditionalGeneration.
+
+        `_keys_to_ignore_on_load_unexpected` would say so too, but vLLM wraps this class, adds a head of its own, and
+        leaves unread what that attribute names (0.33.0).
+        """
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        loading_info.unexpected_keys = {key for key in loading_info.unexpected_keys if not key.startswith("lm_head.")}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -11,6 +11,7 @@ import importlib.abc
 import importlib.util
 import os
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -168,7 +169,8 @@ def imported_backend(source: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
     finder = _Finder(source)
     sys.meta_path.insert(0, finder)
     try:
-        # three helpers whose values matter
+        # what is looked at when it comes back
+        importlib.import_module("vllm.multimodal.parse").ImageSize = namedtuple("ImageSize", "width height")
         importlib.import_module("vllm.config.utils").getattr_iter = _first_attribute
         importlib.import_module("vllm.utils.gpu_sync_debug").gpu_sync_allowed = nullcontext
         importlib.import_module("vllm.multimodal.processing").cached_encode = lambda tokenizer, text, **options: (

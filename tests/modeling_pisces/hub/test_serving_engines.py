@@ -5,6 +5,7 @@ needed here.
 """
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,18 @@ def test_the_backbone_accepts_an_attention_of_the_engine(backbone):
     assert isinstance(backbone, PreTrainedModel)
     assert backbone.is_backend_compatible()
     assert not hasattr(backbone, "lm_head")  # the engine adds its own
+
+
+def test_the_engine_is_not_told_to_leave_the_head_unread(backbone, tmp_path):
+    """It leaves unread what the wrapped class calls unexpected, also for the head that it adds itself."""
+    assert not [
+        pattern
+        for pattern in backbone._keys_to_ignore_on_load_unexpected or ()
+        if re.search(pattern, "lm_head.weight")
+    ]
+    make_model().save_pretrained(tmp_path)
+    _, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["unexpected_keys"] and not report["missing_keys"]  # and yet AutoModel has nothing to complain of
 
 
 def test_the_engine_finds_decoder_and_image_encoder_apart(backbone):
