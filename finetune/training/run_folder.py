@@ -29,7 +29,7 @@ from finetune.guard.verdict import advice, judge_run
 from finetune.training.adapter_card import write_card
 from finetune.training.adapters import AdapterConfig
 from finetune.training.checkpoints import WRITE_ERRORS, last_complete_checkpoint
-from finetune.training.learning_rate import rule_of_thumb
+from finetune.training.learning_rate import rule_for
 from finetune.training.recipe import RecipeArguments, Rows
 from finetune.training.sft_config import PiscesSFTConfig
 from finetune.training.sft_trainer import PiscesSFTTrainer
@@ -170,13 +170,11 @@ def _write_records(trainer, folder: Path, name: str, recipe, adapter: AdapterCon
         facts["learned"] = learned["said"]
     if (guard := guard_record(trainer)) is not None:
         facts["guard"] = guard_table(guard)
-    width = trainer.model.config.text_config.hidden_size
-    is_preferences = getattr(trainer.args, "is_preference_training", False)
     record = run_record(name, recipe, trainer.args, adapter) | {
         "learning_rate": {
             "used": trainer.args.learning_rate,
-            "rule": rule_of_thumb(width, adapter.flavour, is_preferences),
-            "width": width,
+            "rule": rule_for(trainer.model, trainer.args, adapter.flavour),
+            "width": trainer.model.config.text_config.hidden_size,
         },
         "data": facts["data"],
         "guard": guard,

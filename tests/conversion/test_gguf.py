@@ -1,6 +1,8 @@
 """Claims about GGUF files as language models; the files are written here, in the layout of llama.cpp."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoPro
 from conversion.assemble import AssembleArguments, assemble, main
 from conversion.assembly.parts import open_part
 from conversion.verify import verify
-from tests.conversion.part_fixtures import CHATML_TEMPLATE, write_language_model, write_siglip
+from tests.conversion.part_fixtures import write_siglip
 
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are read with the package gguf")
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY_LM = Path(__file__).parents[1] / "tiny_lm/model"
 LAYER = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
@@ -45,16 +47,16 @@ def write_gguf(file, folder, license="apache-2.0", quantize=True):
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(list(names.values()))
     writer.add_token_types([3 if index in special else 1 for index in names])
-    writer.add_token_merges([])
-    writer.add_bos_token_id(258)
-    writer.add_eos_token_id(258)
-    writer.add_chat_template(CHATML_TEMPLATE)
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in tokens["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template((folder / "chat_template.jinja").read_text())
     kind = gguf.GGMLQuantizationType.Q8_0
     for name, tensor in load_file(folder / "model.safetensors").items():
         values = tensor.float().numpy()
@@ -82,7 +84,7 @@ def write_gguf(file, folder, license="apache-2.0", quantize=True):
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
-    write_language_model(folder / "llama", "llama", "chatml", tie_word_embeddings=True, **SIZES)
+    shutil.copytree(TINY_LM, folder / "llama")  # a trained one, with a tokenizer that has merges
     write_siglip(folder / "siglip")
     write_gguf(folder / "model.gguf", folder / "llama")
     write_gguf(folder / "whole.gguf", folder / "llama", license=None, quantize=False)
@@ -102,7 +104,7 @@ def test_a_gguf_file_without_quantization_is_the_folder_it_was_made_from(parts):
     own = load_file(parts / "llama/model.safetensors")
     assert part.tensors.keys() == own.keys()
     for name, place in part.tensors.items():
-        assert torch.equal(place.load(), own[name]), name
+        assert torch.equal(place.load(), own[name].float()), name
     stored = json.loads((parts / "llama/config.json").read_text())
     for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "tie_word_embeddings"):
         assert getattr(part.config, name) == stored[name]
@@ -114,11 +116,13 @@ def test_an_assembled_gguf_writes_as_the_dequantized_model_alone(parts, assemble
     processor = AutoProcessor.from_pretrained(assembled)
     alone = AutoModelForCausalLM.from_pretrained(parts, gguf_file="model.gguf", dtype=torch.float32).eval()
     ids = processor.apply_chat_template(
-        [{"role": "user", "content": "What is it?"}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
     )["input_ids"]  # fmt: skip
     options = {"max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(model.generate(input_ids=ids, **options), alone.generate(ids, **options))
+    found = model.generate(input_ids=ids, **options)
+    assert torch.equal(found, alone.generate(ids, **options))
+    assert processor.decode(found[0, ids.shape[1] :], skip_special_tokens=True).startswith("Paris")
 
 
 def test_provenance_has_license_types_and_hash_and_no_path(parts, assembled):

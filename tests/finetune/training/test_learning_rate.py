@@ -18,7 +18,12 @@ def test_the_rule_is_the_published_one():
     """5e-5 * 10 * (2000 / width) ** 0.781, to two digits, worked out by hand for three widths."""
     assert rule_of_thumb(2000) == 5e-4
     assert rule_of_thumb(4096) == 2.9e-4  # Llama-3.1-8B: 5e-4 * 0.5713
-    assert rule_of_thumb(576) == 1.3e-3  # SmolLM2-135M: 5e-4 * 2.643
+    assert rule_of_thumb(192) == 3.1e-3  # pisces-tiny: 5e-4 * 6.23
+
+
+def test_a_language_model_below_the_fit_takes_what_the_fit_s_narrowest_takes():
+    assert rule_of_thumb(576, speaks=True) == rule_of_thumb(2048, speaks=True) == rule_of_thumb(2048) == 4.9e-4
+    assert rule_of_thumb(4096, speaks=True) == rule_of_thumb(4096)
 
 
 def test_whole_matrices_and_preferences_take_less():
@@ -26,9 +31,10 @@ def test_whole_matrices_and_preferences_take_less():
     assert rule_of_thumb(2000, preferences=True) == 2.5e-5
 
 
-def settle(rate, width=4096, flavour="portable"):
+def settle(rate, width=4096, flavour="portable", new_token_ids=None):
     training = SimpleNamespace(learning_rate=rate, process_index=0)
-    model = SimpleNamespace(config=SimpleNamespace(text_config=SimpleNamespace(hidden_size=width)))
+    config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=width), new_token_ids=new_token_ids)
+    model = SimpleNamespace(config=config)
     settle_learning_rate(training, model, flavour)
     return training.learning_rate
 
@@ -51,6 +57,13 @@ def test_a_value_far_above_the_rule_warns(caplog):
     (record,) = caplog.records
     assert "--learning_rate 0.002 is 6.9 times the 0.00029 that fits" in record.message
     assert "Use --learning_rate auto" in record.message
+
+
+def test_new_tokens_say_that_the_checkpoint_is_a_language_model(caplog):
+    assert settle(AUTO, width=576, new_token_ids=[5]) == 4.9e-4
+    with caplog.at_level(logging.WARNING):
+        settle(2e-3, width=576, new_token_ids=[5])
+    assert "is 4.1 times the 0.00049" in caplog.records[0].message
 
 
 @pytest.mark.parametrize("words", [["--learning_rate", "auto"], ["--learning_rate=auto"], []])
