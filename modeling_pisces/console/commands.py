@@ -30,7 +30,6 @@ from ..checkpoint.adapters import (
 from ..checkpoint.files import check_checkpoint
 from ..checkpoint.info import describe_checkpoint, format_checkpoint
 from ..checkpoint.loading import load_model, load_pipeline, quiet_libraries
-from ..hub.publish import publish
 from .contact_sheet import Section, Tile, make_contact_sheet
 from .known_words import KNOWN_WORDS, unknown_words
 from .pictures import OutputPlace, UsageError, find_pictures, first_usable
@@ -95,6 +94,8 @@ def _info(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _push(args: argparse.Namespace) -> int:
+    from ..hub.publish import publish  # nothing of it is needed to answer or to draw
+
     try:
         report = publish(
             args.folder,
