@@ -34,26 +34,31 @@ def layers_of(model):
     return sum(p.numel() for name, p in model.model.language_model.layers.named_parameters() if p.ndim == 2)
 
 
+def assert_flop(found, expected, num_tokens):
+    """Exactly, but for the angles of the positions, which older transformers compute by a product: 64 a token."""
+    assert found - expected in (0, 64 * num_tokens)
+
+
 # ---- FLOP
 
 
 def test_a_forward_pass_is_2_n_t_and_half_a_square_of_attention(model):
     use_counted_attention(model.model.language_model)
     found = count(lambda: run_language_model(model, 3, 50, keeps=False)).flop
-    assert found == 3 * (2 * layers_of(model) * 50 + LAYERS * 4 * WIDTH * 50 * 51 // 2)
+    assert_flop(found, 3 * (2 * layers_of(model) * 50 + LAYERS * 4 * WIDTH * 50 * 51 // 2), 150)
 
 
 def test_packed_samples_attend_to_themselves_only(model):
     use_counted_attention(model.model.language_model, (20, 30))
     found = count(lambda: run_language_model(model, 1, 50, keeps=False)).flop
     pairs = 20 * 21 // 2 + 30 * 31 // 2
-    assert found == 2 * layers_of(model) * 50 + LAYERS * 4 * WIDTH * pairs
+    assert_flop(found, 2 * layers_of(model) * 50 + LAYERS * 4 * WIDTH * pairs, 50)
 
 
 def test_a_step_attends_to_the_whole_cache(model):
     use_counted_attention(model.model.language_model)
     found = count(lambda: run_language_model(model, 2, 1, past=40)).flop
-    assert found == 2 * (2 * layers_of(model) + LAYERS * 4 * WIDTH * 41)
+    assert_flop(found, 2 * (2 * layers_of(model) + LAYERS * 4 * WIDTH * 41), 2)
 
 
 def test_the_counted_operator_equals_torch_s_count_of_a_real_model_but_for_the_masked_half(model):
@@ -81,7 +86,7 @@ def test_a_lora_step_costs_4_n_and_not_6_n():
     lost = 2 * 60 * sum(first[i] for i in range(len(first))) - 2 * 60 * sum(
         p.numel() for name, p in base.items() if name.startswith("0.self_attn.") and name[12] in "qkv" and "_B" in name
     )
-    assert step.count(rows).flop == expected - lost
+    assert_flop(step.count(rows).flop, expected - lost, 60)
     assert step.count(rows).flop < 0.75 * 6 * (frozen * 60 + head * 20)
 
 
