@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from modeling_pisces import load_image
+
 
 SIDE = 256
 # fault -> share of the collection; the rest are plain scenes
@@ -85,7 +87,7 @@ class Scenes:
         self.rows = [json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()]
 
     def picture(self, number: int) -> Image.Image:
-        with Image.open(self.folder / self.rows[number]["image"]) as image:
+        with load_image(self.folder / self.rows[number]["image"]) as image:
             return image.convert("RGB")
 
     def caption(self, number: int) -> str:

@@ -14,7 +14,7 @@ from curation.scan import main as scan
 from curation.shards.index import Index
 from modeling_pisces import load_image
 from tests.curation.curation_fixtures import write_config
-from tests.evaluation.tiny_clip import write_clip
+from tests.evaluation.drawing.tiny_clip import write_clip
 
 
 EXAMPLES = "examples"  # rendered scenes of pisces-tiny, with their captions

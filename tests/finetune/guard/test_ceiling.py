@@ -75,7 +75,7 @@ def test_drawn_pictures_are_found_in_rows_packs_and_pairs():
     draw, see, edit = (make_row(kind, 1) for kind in ("draw", "understand", "edit"))
     pair = {"prompt": draw["messages"][:1], "chosen": draw["messages"][1:], "rejected": edit["messages"][1:]}
     wanted = draw["messages"][1]["content"][0]["image"].tobytes()
-    assert [p.tobytes() for p in drawn_pictures([see, draw, [draw, see], pair])] == [wanted] * 3
+    assert [p.tobytes() for p in drawn_pictures([see, draw, {"rows": [draw, see]}, pair])] == [wanted] * 3
     assert len(drawn_pictures([draw] * 20)) == 10 and drawn_pictures([see]) == []
 
 

@@ -91,7 +91,7 @@ def draw_explicitly(pipe, seed: int) -> Image.Image:
         PROMPT,
         negative_prompt=None,
         guidance_scale=1.0,
-        num_inference_steps=20,
+        num_inference_steps=6,
         vector_kwargs={"image_temperature": 0.3},
         generator=torch.Generator().manual_seed(seed),
     ).images[0]

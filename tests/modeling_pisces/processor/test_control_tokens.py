@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from transformers import AddedToken
 
-from conversion.assembly.chat_formats import FORMATS, make_chat_template
+from conversion.assembly.chat_formats import make_chat_template
 from modeling_pisces import PiscesProcessor
 from modeling_pisces.conversations_pisces import find_control_tokens
 from tests.fixtures import make_processor, make_tokenizer
@@ -34,8 +34,8 @@ def make_family(name: str) -> PiscesProcessor:
         return make_processor()
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": FAMILY_TOKENS[name]})
-    tokenizer.chat_template = FORMATS[name].marker  # by which make_chat_template tells the family
-    template = make_chat_template(tokenizer, "<|image|>", "<|gen_image|>").template
+    tokenizer.chat_template = None
+    template = make_chat_template(tokenizer, "<|image|>", "<|gen_image|>", chat_format=name).template
     base = make_processor()
     return PiscesProcessor(
         base.image_processor, base.gen_image_processor, tokenizer, template, num_image_tokens=9, num_gen_image_tokens=4
