@@ -34,7 +34,7 @@ from modeling_pisces import load_image
 from pisces_commands.arguments import COUNT, LineParser
 from pisces_commands.ending import run_command
 from pisces_commands.measurement import write_result
-from pisces_commands.writing import write_whole
+from pisces_commands.writing import write_json, write_whole
 
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def run(step: str, command: str, done: Path, times: dict[str, Any]) -> None:
         "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_gib": round(usage.ru_maxrss / 2**20, 2),
     }
-    record.write_text(json.dumps(times[step]))
+    write_json(record, times[step])
 
 
 def make_rows(pictures: Path | None, work: Path, count: int) -> tuple[dict[str, Path], list[tuple[str, Path]]]:
