@@ -77,10 +77,12 @@ def keep_settings(path: Path, settings: dict[str, Any], facts: dict[str, Any], f
         ValueError: the file was begun with other settings; names the first of them.
     """
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"commits": []}
-    for name, value in settings.items():
-        if path.is_file() and before["settings"].get(name) != value:
+    old = before.get("settings", settings)
+    for name in {**settings, **old}:  # what only the old run had, such as an adapter, differs too
+        value = settings.get(name)
+        if old.get(name) != value:
             raise ValueError(
-                f"{path} was begun with {name} {before['settings'].get(name)!r}, not {value!r}. Choose another "
+                f"{path} was begun with {name} {old.get(name)!r}, not {value!r}. Choose another "
                 f"{flag}, or repeat the command with the old value."
             )
     commit = facts["commit"]

