@@ -72,7 +72,7 @@ def describe_settings(arguments: argparse.Namespace, num_prompts: int, pipeline:
     return {
         "model": arguments.model,
         "weights": identify_weights(arguments.model if is_hub_id else str(folder), folder and folder.name),
-        **({"adapters": identify_adapters(adapters)} if adapters else {}),
+        "adapters": identify_adapters(adapters),
         "dtype": str(model.dtype).removeprefix("torch."),
         "prompt_set": kind,
         "prompts_sha256": hash_files(prompt_files(path)),

@@ -57,11 +57,10 @@ def identify_weights(source: str, hub_commit: str | None = None) -> str:
     return f"sha256 {hash_files(weights)}"
 
 
-def identify_adapters(adapters: Sequence[Adapter]) -> list[str]:
-    """Names and hashes of the weights of adapters, for the settings of a run; empty without one."""
-    return [
-        f"{adapter.name} sha256 {hash_files(sorted(adapter.folder.glob('*.safetensors')))}" for adapter in adapters
-    ]
+def identify_adapters(adapters: Sequence[Adapter]) -> list[str] | None:
+    """Names and hashes of the weights of adapters, for the settings of a run; None without one, as in older runs."""
+    weights = {adapter.name: hash_files(sorted(adapter.folder.glob("*.safetensors"))) for adapter in adapters}
+    return [f"{name} sha256 {digest}" for name, digest in weights.items()] or None
 
 
 def keep_settings(path: Path, settings: dict[str, Any], facts: dict[str, Any], flag: str = "--output") -> None:

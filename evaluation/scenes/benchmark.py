@@ -244,7 +244,7 @@ def begin(arguments: argparse.Namespace, pipeline) -> tuple[dict[str, Any], Kept
     settings = {
         "model": arguments.model,
         "weights": identify_weights(str(checkpoint)),
-        **({"adapters": identify_adapters(adapters)} if adapters else {}),
+        "adapters": identify_adapters(adapters),
         "data_sha256": hash_files([data / name for name in DATA_FILES]),
         **{name: getattr(arguments, name) for name in names},
         "drawing": describe_settings(pipeline),

@@ -106,7 +106,7 @@ def prepare(arguments: argparse.Namespace, tasks: list[Task]) -> tuple[Run, dict
     settings = {
         "model": arguments.model,
         "weights": identify_weights(str(checkpoint) if is_local else arguments.model, checkpoint.name),
-        **({"adapters": identify_adapters(adapters)} if adapters else {}),
+        "adapters": identify_adapters(adapters),
         **{name: getattr(arguments, name) for name in ("device", "dtype", "batch_size")},
         "harness": probe(run.python),
     }

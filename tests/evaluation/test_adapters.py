@@ -59,9 +59,10 @@ def test_prompts_are_drawn_with_it_and_run_json_names_it(checkpoint, adapter, tm
     settings = json.loads((tmp_path / "adapted/run.json").read_text())["settings"]
     (named,) = settings["adapters"]
     assert named.startswith(f"{adapter} sha256 ") and len(named.rsplit(" ", 1)[1]) == 16
-    assert "adapters" not in json.loads((tmp_path / "plain/run.json").read_text())["settings"]
-    with pytest.raises(SystemExit):  # a folder of other settings
-        draw_prompts.main(["--model", str(checkpoint), *flags, "--output", str(tmp_path / "adapted")])
+    assert json.loads((tmp_path / "plain/run.json").read_text())["settings"]["adapters"] is None
+    for name, more in (("adapted", []), ("plain", ["--adapter", str(adapter)])):
+        with pytest.raises(SystemExit, match="was begun with adapters"):
+            draw_prompts.main(["--model", str(checkpoint), *more, *flags, "--output", str(tmp_path / name)])
 
 
 def test_the_scenes_are_answered_and_drawn_with_it(checkpoint, adapter):
