@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from pisces_commands.writing import write_whole
+
 
 KNOWN_WORDS = "known_words.txt"
 
@@ -31,5 +33,5 @@ def write_known_words(folder: Path, texts: Iterable[str]) -> Path:
     """Write the words of the texts that a model is trained on into its folder."""
     words = sorted({word for text in texts for word in split_words(text)})
     path = folder / KNOWN_WORDS
-    path.write_text("\n".join(words) + "\n", encoding="utf-8")
+    write_whole(path, "\n".join(words) + "\n")
     return path

@@ -5,7 +5,6 @@ user needs are sent, never the states of optimizers. The card gets what its auth
 sending are those of `push`.
 """
 
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import ModelCard
+
+from pisces_commands.writing import write_json, write_whole
 
 from ..checkpoint.adapters import MODEL_CONFIG, Adapter, find_adapter, is_adapter
 from ..checkpoint.files import check_checkpoint, read_json
@@ -117,10 +118,10 @@ def stage_adapter(source: Path, staged: Path, base: str | None, repo_id: str) ->
         shutil.copyfile(sheets[-1], staged / "guard.png")
     if (staged / MODEL_CONFIG).is_file():
         config = read_json(staged / MODEL_CONFIG) | {"base_model_name_or_path": base}
-        (staged / MODEL_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        write_json(staged / MODEL_CONFIG, config, indent=2)
     _prepare_adapter_card(staged / "README.md", adapter, base)
     text = (staged / "README.md").read_text(encoding="utf-8").replace("this-folder", repo_id)
-    (staged / "README.md").write_text(text.replace(str(source), repo_id), encoding="utf-8")
+    write_whole(staged / "README.md", text.replace(str(source), repo_id))
     return sorted(path.name for path in staged.iterdir())
 
 
@@ -137,7 +138,7 @@ def _stage_adapter(source: Path, staged: Path, base: str | None, repo_id: str) -
 def _prepare_adapter_card(path: Path, adapter: Adapter, base: str) -> None:
     """Name the base as others find it, and show the samples; of an adapter without a card, write a short one."""
     if not path.is_file():
-        path.write_text(f"---\nlibrary_name: peft\n---\n\n# A Pisces adapter for {base}\n", encoding="utf-8")
+        write_whole(path, f"---\nlibrary_name: peft\n---\n\n# A Pisces adapter for {base}\n")
     card = ModelCard(path.read_text(encoding="utf-8"))
     tag = "text-to-image" if "decoder" in adapter.sides and len(adapter.sides) == 1 else "any-to-any"
     defaults = {"library_name": "peft", "pipeline_tag": tag, "base_model": base, "base_model_relation": "adapter"}
@@ -150,7 +151,7 @@ def _prepare_adapter_card(path: Path, adapter: Adapter, base: str) -> None:
     pictures = sorted(picture.name for picture in path.parent.glob("*.png"))
     if pictures and SAMPLES_HEADING not in text:
         text += f"\n\n{SAMPLES_HEADING}\n\n" + "\n\n".join(f"![{name}]({name})" for name in pictures) + "\n"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def _fill_card(path: Path, license: str | None, data: str | None) -> None:
@@ -174,4 +175,4 @@ def _fill_card(path: Path, license: str | None, data: str | None) -> None:
         pattern = rf"{re.escape(DATA_HEADING)}\n.*?(?=\n## |\Z)"
         found = re.search(pattern, text, flags=re.DOTALL)
         text = text[: found.start()] + said + text[found.end() :].lstrip("\n") if found else f"{text}\n\n{said}"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)

@@ -54,7 +54,7 @@ def trained(checkpoint, tmp_path_factory):
     peft_model.save_pretrained(folder)
     processor.save_pretrained(folder)
     card = f"---\nlibrary_name: peft\ntags:\n- pisces\n---\n\n# An adapter for {checkpoint}\n\nuse {folder}\n\n"
-    card += "## What it learned from\n\n/mnt/me/secret: 50 rows\n\n## What it reached\n\n| loss | 1 |\n"
+    card += "## What it learned from\n\n/pictures/secret: 50 rows\n\n## What it reached\n\n| loss | 1 |\n"
     (folder / "README.md").write_text(card)
     (folder / "run.yaml").write_text("steps: 3\n")
     (folder / "guard").mkdir()
@@ -90,7 +90,7 @@ def test_an_adapter_is_pushed_privately_with_a_filled_card_and_nothing_else(trai
     expected = {"license": "cc-by-4.0", "base_model": BASE, "base_model_relation": "adapter", "library_name": "peft"}
     assert facts.items() >= expected.items() and facts["tags"] == ["pisces"]
     assert "## What it learned from\n\n500 emoji of Noto.\n\n## What it reached" in text
-    assert "/mnt/me/secret" not in text and str(trained) not in text and f"use {MINE}" in text
+    assert "/pictures/secret" not in text and str(trained) not in text and f"use {MINE}" in text
     assert "## Samples\n\n![guard.png](guard.png)" in text
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
     assert not list(trained.parent.glob(".push-*"))
