@@ -255,8 +255,6 @@ def test_files_are_written_in_one_place():
         "modeling_pisces/hub/export.py",
         "modeling_pisces/pipeline_pisces.py",
         "pisces_commands/writing.py",
-        "modeling_pisces/console/known_words.py",
-        "modeling_pisces/hub/publish.py",  # a copy in a temporary folder
         "finetune/parts/assemble.py",
         "finetune/parts/captioned.py",
         "evaluation/study/steps.py",  # the log of a step
