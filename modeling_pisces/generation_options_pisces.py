@@ -232,7 +232,8 @@ class Guidance:
 
     Args:
         scale: more than 1 keeps closer to the prompt; 0 draws the empty prompt.
-        ids: (B or 1, T) the empty, or negative, prompt of each row; it ends in `<|gen_start|>`.
+        ids: (B or 1, T) the empty, or negative, prompt of each row; it ends in `<|gen_start|>`. A row holds no
+            placeholders, or those of all its prompt's pictures, which it then shows again.
         mask: (B or 1, T), 0 at padding on the left.
     """
 
@@ -361,6 +362,11 @@ def _check_text_guidance(model, kwargs: dict, num_rows: int):
     ids, mask = (kwargs.get(name) for name in _NEGATIVE_TENSORS)
     if scale != 1 and ids is not None:
         _check_negative_prompt(model, ids, mask, {num_rows}, f"one row for each of the {num_rows} generated rows")
+        if bool(((ids == model.config.image_token_id) | (ids == model.config.gen_image_token_id)).any()):
+            raise ValueError(
+                "negative_prompt_ids holds placeholders, but while text is written images cannot be given to it. "
+                "Leave them out."
+            )
         check_mask(mask, "negative_prompt_attention_mask", ends_real=True)
 
 
@@ -417,6 +423,7 @@ def _negative_prompt(model, kwargs: dict, ids, mask) -> tuple[torch.LongTensor, 
     start = model.config.gen_start_token_id
     rows = next(kwargs[name].shape[0] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None)
     _check_negative_prompt(model, ids, mask, {1, rows}, f"one row, or one for each of the {rows} prompts")
+    _check_negative_images(model, kwargs, ids)
     if mask is None:
         pad = option_value("pad_token_id", kwargs, model.generation_config)
         mask = torch.ones_like(ids) if pad is None else (ids != pad).long()
@@ -441,8 +448,28 @@ def _check_negative_prompt(model, ids, mask, rows: set[int], expected: str):
             f"negative_prompt_ids has the shape {tuple(ids.shape)}{masked}; expected {expected}, and a mask of the "
             "same shape."
         )
-    if bool(((ids == config.image_token_id) | (ids == config.gen_image_token_id)).any()):
-        raise ValueError("negative_prompt_ids holds placeholders, but images cannot be given to it. Leave them out.")
+
+
+def _check_negative_images(model, kwargs: dict, ids: torch.LongTensor):
+    """A negative prompt shows none of its prompt's pictures, or all of them; it has none of its own."""
+    config, prompt, embeds = model.config, kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    for token, kind in ((config.image_token_id, "shown"), (config.gen_image_token_id, "drawn")):
+        found = (ids == token).sum(-1)
+        if not bool(found.any()):
+            continue
+        mask = prompt == token if prompt is not None else None
+        if mask is None:
+            mask = placeholder_mask(None, embeds, model.get_input_embeddings(), token)
+        own = mask.sum(-1).to(found.device)
+        found = found.expand_as(own)
+        wrong = ((found != 0) & (found != own)).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"negative_prompt_ids holds placeholders of {kind} images: row {row} has {int(found[row])} and its "
+                f"prompt {int(own[row])}; expected none, or the same number, because the prompt's own images are "
+                "shown again."
+            )
 
 
 def check_right_padding(input_ids: torch.LongTensor, mask: torch.Tensor | None, start_id: int) -> None:

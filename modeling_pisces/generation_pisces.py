@@ -107,8 +107,10 @@ class PiscesGenerationMixin(GenerationMixin):
                 text comes from the prompts alone, and what is empty sees the vectors of the image being drawn and no
                 other. None or 1 is off. In "text" mode it is GenerationMixin's guidance of tokens.
             negative_prompt_ids: (B or 1, T) the empty prompt, or one to keep away from; `<|gen_start|>` is added if
-                absent, images are not taken. The default is the prompt's beginning-of-text token and `<|gen_start|>`;
-                for a checkpoint trained on empty turns, pass the processor's empty user turn.
+                absent. With the placeholders of all images of its prompt it is shown them too: for an edit, the same
+                picture with an empty instruction. It takes no images of its own. The default is the prompt's
+                beginning-of-text token and `<|gen_start|>`; for a checkpoint trained on empty turns, pass the
+                processor's empty user turn.
             negative_prompt_attention_mask: (B or 1, T); without it, padding is known by `pad_token_id`.
             streamer: "text" and "interleaved"; one row. A drawn image reaches it as `<|gen_start|>` and `<|gen_end|>`
                 with nothing between, text with `skip_special_tokens=False` as those words. It is always ended, also
@@ -719,6 +721,7 @@ def _with_empty_prompts(
     mask = model_kwargs.get("attention_mask")
     mask = empty_mask.new_ones(num_rows, length) if mask is None else mask
     kwargs = model_kwargs | {"attention_mask": torch.cat([pad(mask, (more, 0)), empty_mask.to(mask)])}
+    kwargs |= _shown_again(model, input_ids, model_kwargs, empty_ids)
     if (positions := model_kwargs.get("position_ids")) is not None:
         own = (empty_mask.cumsum(-1) - 1).clamp(min=0).to(positions)
         shape = (*positions.shape[:-2], *own.shape)
@@ -735,6 +738,28 @@ def _with_empty_prompts(
     empty = model.get_input_embeddings()(empty_ids.to(embeds.device)).to(embeds)
     kwargs["inputs_embeds"] = torch.cat([pad(embeds, (0, 0, more, 0)), empty])
     return torch.cat([input_ids, input_ids]), kwargs
+
+
+def _shown_again(model, input_ids: torch.LongTensor, model_kwargs: dict, empty_ids: torch.LongTensor) -> dict:
+    """The prompts' images followed by those that empty prompts have placeholders for, by name; B rows of both."""
+    found: dict = {}
+    encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")  # GenerationMixin may have encoded them
+    for name in (*IMAGE_INPUTS, "mm_encoder_outputs"):
+        is_encoded, is_gen = name == "mm_encoder_outputs", name.startswith("gen_")
+        value = getattr(encoded, "pooler_output", None) if is_encoded else model_kwargs.get(name)
+        shows = (empty_ids == (model.config.gen_image_token_id if is_gen else model.config.image_token_id)).any(-1)
+        if value is None or not bool(shows.any()):
+            continue
+        per_row = model._images_per_row(name, input_ids, model_kwargs.get("inputs_embeds"))
+        if sum(per_row) != len(value):
+            continue  # the number of images is refused where they are put in place
+        value = value if isinstance(value, torch.Tensor) else torch.stack(list(value))
+        again = [row for row, is_shown in zip(value.split(per_row), shows.tolist(), strict=True) if is_shown]
+        images = torch.cat([value, *again])
+        if is_encoded:
+            images = model_kwargs[name] | {"image": BaseModelOutputWithPooling(pooler_output=images)}
+        found[name] = images
+    return found
 
 
 __all__ = ["GENERATION_MODES", "PiscesGenerateOutput", "PiscesGenerationMixin"]

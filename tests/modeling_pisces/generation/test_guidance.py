@@ -253,6 +253,81 @@ def test_an_interleaved_guided_image_is_the_image_of_image_mode():
     torch.testing.assert_close(out.image_vectors, expected, rtol=0, atol=1e-4)
 
 
+# the prompt's pictures, shown again ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def by_hand_with_pictures(model, rows, scale, fed):
+    """Each of `rows`: (prompt, its negative prompt, its pixels), with pixels for both; mlp head only."""
+    drawn = []
+    for (row, empty, pixels), vectors in zip(rows, fed, strict=True):
+        predicted = []
+        for index in range(4):
+            states = []
+            for ids in (row, empty):
+                images = pixels if IMAGE in ids else None
+                prompt = model.model.merge_inputs(torch.tensor([ids]), pixel_values=images)[0]
+                whole = torch.cat([prompt, model.model.embed_gen_vectors(vectors[None, :index])], dim=1)
+                states.append(model.model.language_model(inputs_embeds=whole).last_hidden_state[:, -1])
+            prompt, nothing = (model.model.predict_gen_vectors(state) for state in states)
+            predicted.append(nothing + scale * (prompt - nothing))
+        drawn.append(torch.cat(predicted))
+    return torch.stack(drawn)
+
+
+SEEN = [BOS, *[IMAGE] * 9, 31, START]
+SEEN_TWICE = [BOS, *[IMAGE] * 9, 5, *[IMAGE] * 9, 32, START]
+EMPTY_SEEN, EMPTY_TWICE = [BOS, *[IMAGE] * 9, START], [BOS, *[IMAGE] * 9, *[IMAGE] * 9, START]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("way", ["pixels", "embeds", "encoded", "two drawings each"])
+def test_a_negative_prompt_with_the_placeholders_of_its_prompt_sees_its_pictures(way, cache):
+    model, inputs = make_model(), make_inputs([SEEN, SEEN_TWICE, ROWS[2]])
+    negatives = make_inputs([EMPTY_SEEN, EMPTY_TWICE, NEGATIVE])  # the third is not shown its picture
+    pixels = inputs["pixel_values"]
+    rows = [(SEEN, EMPTY_SEEN, pixels[:1]), (SEEN_TWICE, EMPTY_TWICE, pixels[1:3]), (ROWS[2], NEGATIVE, pixels[3:])]
+    options = {"guidance_scale": 2.0, "negative_prompt_ids": negatives["input_ids"]}
+    options |= {"negative_prompt_attention_mask": negatives["attention_mask"], **CACHES[cache]}
+    if way == "embeds":
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    if way == "encoded":
+        with torch.no_grad():
+            encoded = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+        inputs["mm_encoder_outputs"] = {"image": encoded}
+    if way == "two drawings each":
+        options["num_return_sequences"] = 2
+        rows = [row for row in rows for _ in range(2)]
+    drawn = model.generate(**inputs, generation_mode="image", **options)
+    expected = by_hand_with_pictures(model, rows, 2.0, drawn)
+    assert float((drawn - expected).abs().max() / drawn.abs().max()) < 1e-5
+
+
+def test_a_negative_prompt_sees_again_what_was_drawn_before():
+    model = make_model()
+    earlier = torch.randn(1, 4, 12, generator=torch.manual_seed(1))
+    row = torch.tensor([[BOS, 7, START, *[GEN] * 4, 265, 8, START]])
+    empty = torch.tensor([[BOS, START, *[GEN] * 4, 265, START]])
+    drawn = model.generate(
+        input_ids=row, gen_image_vectors=earlier, generation_mode="image", guidance_scale=0, negative_prompt_ids=empty
+    )
+    expected = model.generate(input_ids=empty, gen_image_vectors=earlier, generation_mode="image")
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_a_negative_prompt_has_no_pictures_of_its_own(mode):
+    with pytest.raises(
+        ValueError, match=r"of shown images: row 1 has 18 and its prompt 9; expected none, or the same"
+    ):
+        make_model().generate(
+            **make_inputs([SEEN, SEEN]),
+            generation_mode=mode,
+            guidance_scale=2.0,
+            negative_prompt_ids=make_inputs([EMPTY_SEEN, EMPTY_TWICE])["input_ids"],
+        )
+
+
 # refusals ------------------------------------------------------------------------------------------------------------
 
 
