@@ -12,7 +12,7 @@ Letters: B samples, M generated vectors per image, Dg width of a generated vecto
 import inspect
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -121,6 +121,37 @@ def start_latents(
     return latents.to(device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
+def shortened(scheduler, timesteps: Tensor, num_steps: int, strength: float) -> tuple[Tensor, int]:
+    """The last `strength` of the planned steps, as diffusers' image-to-image pipelines count them.
+
+    Args:
+        scheduler: of this call alone; it is told where it begins.
+
+    Returns:
+        as `set_timesteps`.
+
+    Raises:
+        ValueError: not one step is left.
+    """
+    left = int(num_steps * strength + 1e-6)  # 50 * 0.58 is 28.999999999999996
+    if left < 1:
+        raise ValueError(
+            f"strength {strength:g} of {num_steps} steps leaves no step. Raise strength or num_inference_steps."
+        )
+    first = (num_steps - left) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return timesteps[first:], left
+
+
+def noised(scheduler, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Latents of a picture with the noise of a time step, (B, C, h, w) in fp32."""
+    latents, timesteps = latents.to(noise), timestep.reshape(1).expand(len(noise))
+    if hasattr(scheduler, "scale_noise"):  # flow matching
+        return scheduler.scale_noise(latents, timesteps, noise)
+    return scheduler.add_noise(latents, noise, timesteps)
+
+
 def predict(
     unet: UNet2DConditionModel,
     latents: Tensor,
@@ -159,22 +190,41 @@ def predict(
     return negative + guidance_scale * (positive - negative)
 
 
+def encode_latents(vae: AutoencoderKL | AutoencoderTiny, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) in fp32, the most likely ones: no noise is drawn."""
+    encoded = _run_vae(vae, vae.encode, pixels)
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+    return _scale_latents(vae.config, latents.float())
+
+
 def decode_latents(vae: AutoencoderKL | AutoencoderTiny | None, latents: Tensor) -> Tensor:
     """Latents (B, C, h, w) to pixels (B, 3, H, W) in about [-1, 1]; without a VAE the latents are the pixels."""
     if vae is None:
         return latents
-    latents = _unscale_latents(vae.config, latents)
+    return _run_vae(vae, vae.decode, _unscale_latents(vae.config, latents)).sample
+
+
+def _run_vae(vae: AutoencoderKL | AutoencoderTiny, work: Callable[[Tensor], Any], values: Tensor) -> Any:
     if get_module_execution_device is not None:
-        latents = latents.to(get_module_execution_device(vae))  # a VAE on a device of its own
+        values = values.to(get_module_execution_device(vae))  # a VAE on a device of its own
     # fp32 here: the SDXL VAE overflows in fp16 and returns black images; its config says so with force_upcast
     with _UPCASTING:
         if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
             vae.to(dtype=torch.float32)
             try:
-                return vae.decode(latents.float(), return_dict=False)[0]
+                return work(values.float())
             finally:
                 vae.to(dtype=torch.float16)  # exact: every fp16 number survives the way to fp32 and back
-    return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return work(values.to(vae.dtype))
+
+
+def _scale_latents(config, latents: Tensor) -> Tensor:
+    """The inverse of `_unscale_latents`."""
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))
+        return (latents - mean) / std * config.scaling_factor
+    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
 
 def _unscale_latents(config, latents: Tensor) -> Tensor:

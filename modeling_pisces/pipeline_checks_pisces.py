@@ -308,6 +308,90 @@ def prompt_list(name: str, prompts: Any) -> list[str]:
     return list(rows)
 
 
+def picture_rows(image: Any, num_prompts: int) -> list[list[Any]]:
+    """Pictures to edit, one list for each prompt; they are not opened here.
+
+    Args:
+        image: an entry for each prompt, or for a single prompt the entry itself. An entry is a picture, or a list of
+            pictures that the prompt shows together. An array of four dimensions is a list.
+
+    Raises:
+        ValueError: the entries do not pair up with the prompts, or one holds no picture.
+    """
+    rows = [_unpacked(entry) for entry in _unpacked(image)]
+    for row, pictures in enumerate(rows):
+        if not pictures or any(picture is None for picture in pictures):
+            raise ValueError(
+                f"image {row} holds no picture; expected a picture, or a list of several for one prompt. A prompt "
+                "without a picture is drawn in a call of its own, without image=."
+            )
+        if any(_is_list(picture) for picture in pictures):
+            raise ValueError(
+                f"image {row} is a list of lists; expected a picture or a list of pictures for each prompt. Pass "
+                "image=[[first, second], [third]] for two prompts."
+            )
+    if len(rows) == num_prompts:
+        return rows
+    if len(rows) == 1:
+        advice = f"To edit one picture in several ways, pass it for each: image=[picture] * {num_prompts}."
+    elif num_prompts == 1:
+        advice = (
+            "To show them all in one prompt, pass image=[[first, second]]; to edit each of them, pass the prompt for "
+            f"each: prompt=[prompt] * {len(rows)}."
+        )
+    else:
+        advice = "To show several pictures in one prompt, pass a list of them in its place."
+    entries = "1 entry" if len(rows) == 1 else f"{len(rows)} entries"
+    prompts = "1 prompt" if num_prompts == 1 else f"{num_prompts} prompts"
+    raise ValueError(f"image has {entries} for {prompts}; expected one for each prompt. {advice}")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", None) == 4
+
+
+def _unpacked(value: Any) -> list[Any]:
+    return list(value) if _is_list(value) else [value]
+
+
+def check_strength(value: Any, rows: Sequence[Sequence[Any]] | None, vae: Any, scheduler: Any) -> float | None:
+    """How much of the noise is put on the source picture before denoising; None starts from noise alone.
+
+    Args:
+        rows: the pictures of each prompt, or None.
+
+    Raises:
+        ValueError: no number in (0, 1], or there is not one picture per prompt, a VAE and a scheduler to start with.
+    """
+    if value is None:
+        return None
+    number = finite_number(value)
+    if number is None or not 0 < number <= 1:
+        raise ValueError(
+            f"strength is {value!r}; expected a number above 0 and at most 1, the share of the steps that are run on "
+            "the source picture. Leave it out to start from noise."
+        )
+    if rows is None:
+        raise ValueError(f"strength is {number:g} but there is no image to start from. Pass image= too.")
+    for row, pictures in enumerate(rows):
+        if len(pictures) > 1:
+            raise ValueError(
+                f"strength is {number:g} but prompt {row} shows {len(pictures)} pictures; expected one to start from. "
+                "Leave strength out, or show one picture."
+            )
+    if vae is None:
+        raise ValueError(
+            f"strength is {number:g} but this pipeline has no VAE, which turns the source picture into latents to "
+            "start from. Leave strength out, or pass the vae= that the U-Net was trained with."
+        )
+    if not hasattr(scheduler, "add_noise") and not hasattr(scheduler, "scale_noise"):
+        raise ValueError(
+            f"strength is {number:g} but {type(scheduler).__name__} cannot put noise on a picture (no add_noise). "
+            "Leave strength out, or swap the scheduler."
+        )
+    return number
+
+
 def check_rows(name: str, found: int, num_rows: int) -> None:
     """The negative side has one row for all, or one for each row that is drawn."""
     if found not in (1, num_rows):

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,24 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .decoder_pisces import (
     DecoderLoraMixin,
     decode_latents,
+    encode_latents,
+    noised,
     picture_size,
     predict,
     set_timesteps,
+    shortened,
     start_latents,
     step_options,
     vae_scale_factor,
 )
+from .image_loading_pisces import load_image
 from .pipeline_checks_pisces import (
     Generators,
     check_callback,
@@ -66,9 +72,11 @@ from .pipeline_checks_pisces import (
     check_rows,
     check_scheduler,
     check_size_pairs,
+    check_strength,
     check_vae_config,
     check_vector_options,
     check_vectors,
+    picture_rows,
     prediction_kind,
     prompt_list,
 )
@@ -237,6 +245,24 @@ class CallInterrupt(CallValue):
 # ---- drawing --------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class PromptsToDraw:
+    """B prompts, to be drawn once the call is checked.
+
+    Args:
+        texts: B prompts; of an edit the instructions.
+        pictures: the pictures that each prompt shows, opened, or None.
+        negative: 1 or B texts that guidance of an edit's vectors leads away from, with the same pictures.
+    """
+
+    texts: list[str]
+    pictures: list[list[Image.Image]] | None = None
+    negative: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
 class PicturesToEncode:
     """Vectors that `reconstruct` asks for: their shape is known, but the model runs only once the call is checked."""
 
@@ -275,12 +301,14 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
             the language model that lies in the same folder.
 
     What diffusers calls `prompt_embeds` and `negative_prompt_embeds` are `image_vectors` and `negative_image_vectors`
-    here: `encode_prompt` returns them, and a call takes them in place of a prompt. Several threads may draw with one
-    pipeline. LoRA adapters of the U-Net are loaded with `load_lora_weights`.
+    here: `encode_prompt` returns them, and a call takes them in place of a prompt. With `image` a prompt is an
+    instruction: what shall be different in that picture. Several threads may draw with one pipeline. LoRA adapters of
+    the U-Net are loaded with `load_lora_weights`.
 
     Example:
         >>> pipe = PiscesPipeline.from_pretrained("./pisces-tiny")
         >>> pipe(["a red cube", "two dogs"], generator=[torch.Generator().manual_seed(i) for i in (0, 1)]).images
+        >>> pipe("make the circle red", image="photo.png").images
     """
 
     model_cpu_offload_seq = "vision_language_model->unet->vae"
@@ -354,12 +382,16 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         vector_kwargs: dict[str, Any] | None = None,
+        image: Any = None,
+        strength: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw `num_images_per_prompt` pictures for every prompt, or for every given row of vectors.
 
         Args:
             prompt: B prompts; an empty string is allowed. Either this or `image_vectors`.
-            negative_prompt: one for all or one per prompt; None takes the checkpoint's `default_negative`.
+            negative_prompt: one for all or one per prompt; None takes the checkpoint's `default_negative`. Of an edit
+                it is an instruction beside the same pictures, "empty" is the empty one, and guidance of the vectors
+                (`guidance_scale` in `vector_kwargs`) leads away from it too.
             image_vectors: (B, M, Dg), from `encode_prompt`, `model.generate` or `model.encode_gen_images`.
             negative_image_vectors: (1 or B, M, Dg), instead of `negative_prompt`.
             height, width: pixels; None is the size the U-Net was trained on.
@@ -379,6 +411,14 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
                 tensors, change `pipe._guidance_scale`, or set `pipe._interrupt = True` to stop early.
             callback_on_step_end_tensor_inputs: which of `latents`, `image_vectors`, `negative_image_vectors` it gets.
             vector_kwargs: passed on to `model.generate`, for example `image_temperature` of a "flow" head.
+            image: what the prompts change: for each prompt a picture, or a list of pictures that it shows in this
+                order; for a single prompt the picture itself. A picture is a PIL image, path, URL, array or tensor, as
+                the processor reads them; an array of four dimensions is a list. The language model sees it, the
+                decoder does not.
+            strength: in (0, 1]: the decoder starts from the source's latents (one picture per prompt, stretched to
+                height x width) and runs the last `strength` of its steps, as diffusers' image-to-image pipelines do; a
+                small one keeps more of the pixels. Needs a VAE. None starts from noise; `latents` is the noise then,
+                and here what is put on the source.
 
         Returns:
             an output whose `images` holds B * num_images_per_prompt pictures, prompt by prompt.
@@ -395,8 +435,12 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         check_output_type(output_type)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         vector_kwargs = check_vector_options(vector_kwargs)
-        positive = self._check_positive(prompt, image_vectors)
-        negative = self._check_negative(negative_prompt, negative_image_vectors, positive, guidance)
+        positive = self._check_positive(prompt, image_vectors, image, negative_prompt)
+        pictures = positive.pictures if isinstance(positive, PromptsToDraw) else None
+        strength = check_strength(strength, pictures, self.vae, self.scheduler)
+        negative = self._check_negative(
+            negative_prompt, negative_image_vectors, positive, guidance, self._guides_vectors(vector_kwargs)
+        )
         height, width = picture_size(self.unet, self.vae, height, width)
         sizes = (original_size, crops_coords_top_left, target_size)
         time_ids = self._time_ids(*((height, width) if size is None else size for size in sizes))
@@ -406,6 +450,8 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         shape = (num_samples, self.unet.config.in_channels, height // factor, width // factor)
         check_latents(latents, shape)
         scheduler, (schedule, steps) = self._plan(steps, device, timesteps, sigmas)
+        if strength is not None:
+            schedule, steps = shortened(scheduler, schedule, steps, strength)
 
         with self._one_call(scheduler, guidance, len(schedule)):
             # first all vectors, then all latents: the order in which a picture's generator is used
@@ -413,7 +459,12 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
             if guidance > 1:
                 negative = self._negative_vectors(negative, vectors, vector_kwargs).to(device)
 
-            latents = start_latents(scheduler, shape, generator, device, latents)
+            if strength is None:
+                latents = start_latents(scheduler, shape, generator, device, latents)
+            else:
+                source = self._source_latents(pictures, height, width, num_images_per_prompt)
+                noise = start_latents(None, shape, generator, device, latents)  # of variance 1, in every scheduler
+                latents = noised(scheduler, source, noise, schedule[0])
             tensors = {"latents": latents, "image_vectors": vectors, "negative_image_vectors": negative}
             options = step_options(scheduler, eta, generator)
             names = callback_on_step_end_tensor_inputs
@@ -441,7 +492,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         Returns:
             as drawing does: `num_images_per_prompt` pictures for every given one.
         """
-        if wrong := {"prompt", "negative_prompt", "image_vectors"} & set(kwargs):
+        if wrong := {"prompt", "negative_prompt", "image_vectors", "strength"} & set(kwargs):
             raise ValueError(f"reconstruct takes no {', '.join(sorted(wrong))}: the pictures say what to draw.")
         model, processor = self._require_language_model("reconstruct pictures")
         check_decoder(self.unet, self.vae, model.config.gen_vector_size, "vision_language_model")
@@ -455,12 +506,17 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         prompt: str | list[str],
         num_images_per_prompt: int = 1,
         generator: Generators = None,
+        image: Any = None,
+        negative_prompt: str | list[str] | None = None,
         **vector_kwargs,
     ) -> Tensor:
         """Let the language model write the vectors of every prompt; hand them back as `image_vectors` to draw.
 
         Args:
             prompt: B prompts.
+            image: pictures that the prompts change, as a call takes them.
+            negative_prompt: one for all or one per prompt; what guidance of the vectors leads away from, beside the
+                same pictures. None is the empty instruction with pictures, and the model's own empty prompt without.
             num_images_per_prompt: drawings per prompt. Only a head of type "flow" makes them differ.
             generator: one, or a list with one per drawing; used only by a head of type "flow".
             vector_kwargs: passed on to `model.generate`.
@@ -468,27 +524,68 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         Returns:
             (B * num_images_per_prompt, M, Dg), prompt by prompt, in the model's dtype.
         """
-        prompts = prompt_list("prompt", prompt)
+        prompts = self._prompts_to_draw(prompt, image, negative_prompt)
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         generator = check_generators(generator, len(prompts) * num_images_per_prompt, self._execution_device)
-        vector_kwargs = check_vector_options(vector_kwargs)
+        return self._encode(prompts, num_images_per_prompt, generator, check_vector_options(vector_kwargs))
+
+    def _encode(
+        self, prompts: PromptsToDraw, num_images_per_prompt: int, generator: Generators, vector_kwargs: dict[str, Any]
+    ) -> Tensor:
         model, _ = self._require_language_model("draw from a prompt")
         is_random = model.model.gen_head.is_stochastic  # the others return the same vectors every time
+        texts, pictures = prompts.texts, prompts.pictures
+        negative = None if prompts.negative is None else _one_per_row(prompts.negative, len(texts))
         if is_random:
-            prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+            rows = (texts, pictures, negative)
+            texts, pictures, negative = (_repeated(values, num_images_per_prompt) for values in rows)
             if generator is not None:
-                vector_kwargs["generator"] = generator
-        inputs = self._prompt_inputs(prompts).to(self._execution_device)
+                vector_kwargs = {**vector_kwargs, "generator": generator}
+        device, dtype = self._execution_device, model.dtype
+        inputs = self._prompt_inputs(texts, pictures).to(device, dtype=dtype)
+        if negative is not None and "negative_prompt_ids" not in vector_kwargs and self._guides_vectors(vector_kwargs):
+            away = self._prompt_inputs(negative, pictures).to(device)
+            vector_kwargs = {
+                **vector_kwargs,
+                "negative_prompt_ids": away["input_ids"],
+                "negative_prompt_attention_mask": away["attention_mask"],
+            }
         _run_offload_hook(model)
         vectors = model.generate(**inputs, generation_mode="image", **vector_kwargs)
         advice = "Lower image_temperature, or load the language model with torch_dtype=torch.float32."
         check_finite("the vectors of the language model", vectors, advice)
         return vectors if is_random else vectors.repeat_interleave(num_images_per_prompt, dim=0)
 
-    def _prompt_inputs(self, prompts: list[str]):
-        """One user turn per prompt, ended so that the next thing the model does is draw; padded on the left."""
+    def _prompts_to_draw(self, prompt: Any, image: Any, negative_prompt: Any = None) -> PromptsToDraw:
+        """Prompts and their opened pictures; a wrong pairing and a broken file are refused here."""
+        texts = prompt_list("prompt", prompt)
+        rows = None if image is None else picture_rows(image, len(texts))
+        pictures = None if rows is None else [[load_image(picture) for picture in row] for row in rows]
+        negative = None
+        if negative_prompt is not None or pictures is not None:
+            negative = prompt_list("negative_prompt", "" if negative_prompt is None else negative_prompt)
+            check_rows("negative_prompt", len(negative), len(texts))
+        return PromptsToDraw(texts, pictures, negative)
+
+    def _guides_vectors(self, vector_kwargs: dict[str, Any]) -> bool:
+        """Whether `generate` will guide the vectors: as the call says, else as the checkpoint's own settings do."""
+        own = getattr(self.vision_language_model, "generation_config", None)
+        places = (vector_kwargs.get("generation_config"), own)
+        given = [vector_kwargs.get("guidance_scale"), *(getattr(place, "guidance_scale", None) for place in places)]
+        return next((scale for scale in given if scale is not None), 1) != 1
+
+    def _prompt_inputs(self, prompts: list[str], pictures: list[list[Image.Image]] | None = None):
+        """One user turn per prompt, ended so that the next thing the model does is draw; padded on the left.
+
+        Pictures come first, as in the rows that training uses.
+        """
+        shown = [[] for _ in prompts] if pictures is None else pictures
+        contents = [
+            [*({"type": "image", "image": picture} for picture in row), {"type": "text", "text": prompt}]
+            for prompt, row in zip(prompts, shown, strict=True)
+        ]
         return self.processor.apply_chat_template(
-            [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts],
+            [[{"role": "user", "content": content}] for content in contents],
             add_generation_prompt=True,
             generation_mode="image",
             tokenize=True,
@@ -501,8 +598,8 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         self, positive: Any, num_images_per_prompt: int, generator: Generators, vector_kwargs: dict
     ) -> Tensor:
         """Prompts, pictures or given vectors as (B * num_images_per_prompt, M, Dg)."""
-        if isinstance(positive, list):
-            return self.encode_prompt(positive, num_images_per_prompt, generator, **vector_kwargs)
+        if isinstance(positive, PromptsToDraw):
+            return self._encode(positive, num_images_per_prompt, generator, vector_kwargs)
         if isinstance(positive, PicturesToEncode):
             positive = positive.encode()
         return positive.repeat_interleave(num_images_per_prompt, dim=0)
@@ -511,11 +608,15 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         """Negative prompts, a picture, given vectors or zeros, one row for each of `vectors`."""
         if negative is None:
             return torch.zeros_like(vectors)
-        if isinstance(negative, list):
+        if isinstance(negative, PromptsToDraw):
             if self.vision_language_model.model.gen_head.is_stochastic:
                 # without noise: the counterpart of what a regression head answers, and free of any picture's generator
                 vector_kwargs = {**vector_kwargs, "image_temperature": 0.0}
-            encoded = self.encode_prompt(negative, **vector_kwargs)
+            if negative.pictures is not None:  # guided away from itself it would stay what it is
+                own = ("negative_prompt_ids", "negative_prompt_attention_mask")
+                vector_kwargs = {name: value for name, value in vector_kwargs.items() if name not in own}
+                vector_kwargs["guidance_scale"] = 1.0
+            encoded = self._encode(negative, 1, None, vector_kwargs)
         else:
             encoded = negative.encode() if isinstance(negative, PicturesToEncode) else negative
         if encoded.shape[1] != vectors.shape[1]:
@@ -524,6 +625,16 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
                 f"{vectors.shape[1]}; expected the same number."
             )
         return encoded.repeat_interleave(len(vectors) // len(encoded), dim=0)
+
+    def _source_latents(
+        self, pictures: list[list[Image.Image]], height: int, width: int, num_images_per_prompt: int
+    ) -> Tensor:
+        """The latents of each prompt's one picture, (B * num_images_per_prompt, C, h, w) in fp32."""
+        resized = [row[0].resize((width, height), Image.Resampling.LANCZOS) for row in pictures]
+        pixels = self.image_processor.numpy_to_pt(self.image_processor.pil_to_numpy(resized))
+        latents = encode_latents(self.vae, self.image_processor.normalize(pixels).to(self._execution_device))
+        advice = "Use another picture, leave strength out, or load the decoder with torch_dtype=torch.float32."
+        return check_finite("the latents of the source", latents, advice).repeat_interleave(num_images_per_prompt, 0)
 
     def _denoise(
         self,
@@ -584,26 +695,40 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         other = "load the decoder with torch_dtype=torch.float32" if is_half else "another scheduler"
         return f"{given}, or {other}."
 
-    def _check_positive(self, prompt: str | list[str] | None, image_vectors: Any) -> Any:
-        """What to draw: a list of prompts, vectors, or pictures to encode; either way it fits the decoder."""
+    def _check_positive(self, prompt: Any, image_vectors: Any, image: Any, negative_prompt: Any) -> Any:
+        """What to draw: prompts, vectors, or pictures to encode; either way it fits the decoder."""
+        if image is not None and prompt is None:
+            found = "image_vectors, which say already what to draw" if image_vectors is not None else "no prompt"
+            raise ValueError(
+                f"image came with {found}; expected a prompt that says what to change in it. Pass prompt= (an empty "
+                "one draws without an instruction), or reconstruct(image) to draw the picture again."
+            )
         check_one_given("prompt", "image_vectors", (prompt, image_vectors))
         if isinstance(image_vectors, PicturesToEncode):
             return image_vectors
         if image_vectors is not None:
             self._check_vectors("image_vectors", image_vectors)
             return image_vectors
-        prompts = prompt_list("prompt", prompt)
+        # of a prompt alone the vectors' guidance leads away from what the model takes for empty
+        prompts = self._prompts_to_draw(prompt, image, None if image is None else negative_prompt)
         model, _ = self._require_language_model("draw from a prompt")
         check_decoder(self.unet, self.vae, model.config.gen_vector_size, "vision_language_model")
         return prompts
 
     def _check_negative(
-        self, prompt: str | list[str] | None, vectors: Tensor | None, positive: Any, guidance_scale: float
+        self,
+        prompt: str | list[str] | None,
+        vectors: Tensor | None,
+        positive: Any,
+        guidance_scale: float,
+        guides_vectors: bool,
     ) -> Any:
         """What guidance leads away from: prompts or a picture to encode, vectors, or None for zeros or no guidance."""
         check_one_given("negative_prompt", "negative_image_vectors", (prompt, vectors), needs_one=False)
+        pictures = positive.pictures if isinstance(positive, PromptsToDraw) else None
         if guidance_scale <= 1:
-            if prompt is not None or vectors is not None:
+            has_effect = pictures is not None and guides_vectors and prompt is not None
+            if not has_effect and (prompt is not None or vectors is not None):
                 logger.warning(f"the negative side has no effect: guidance_scale is {guidance_scale}, not above 1.")
             return None
         if vectors is not None:
@@ -617,7 +742,8 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         prompts = prompt_list("negative_prompt", "" if prompt is None else prompt)
         check_rows("negative_prompt", len(prompts), len(positive))
         self._require_language_model("encode the negative prompt (or pass negative_image_vectors=)")
-        return prompts
+        # beside pictures there is one for each prompt, because no two show the same
+        return PromptsToDraw(prompts if pictures is None else _one_per_row(prompts, len(positive)), pictures)
 
     def _check_vectors(self, name: str, vectors: Tensor) -> None:
         check_vectors(name, vectors)
@@ -883,6 +1009,14 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         if isinstance(settings.get("_class_name"), list):
             settings["_class_name"] = settings["_class_name"][1]
         return settings
+
+
+def _one_per_row(values: list[str], num_rows: int) -> list[str]:
+    return values * num_rows if len(values) == 1 else values
+
+
+def _repeated(rows: Any, times: int) -> Any:
+    return None if rows is None else [row for row in rows for _ in range(times)]
 
 
 def _run_offload_hook(model: Any) -> None:
