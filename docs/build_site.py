@@ -21,7 +21,7 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 NAVIGATION = {
     "Start": ["architecture.md"],
     "Use and train": [
-        *("finetune.md", "from_scratch.md", "data.md", "curation.md"),
+        *("finetune.md", "from_scratch.md", "data.md", "curation.md", "edit.md"),
         *("preferences.md", "scale.md", "speed.md", "memory.md"),
     ],
     "Build": ["assemble.md", "compatibility.md"],

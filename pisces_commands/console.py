@@ -1,6 +1,6 @@
 """The console command `pisces`: its arguments, its exit codes, and one line for every error.
 
-`main` is the entry point of the installed package. What the four commands do is in
+`main` is the entry point of the installed package. What the commands do is in
 `modeling_pisces/console/commands.py`, imported only when a command runs, so that `--help` and a wrong argument answer
 before the heavy libraries are read.
 """
@@ -24,6 +24,7 @@ examples:
   pisces describe photo.png
   pisces describe pictures/ --question "How many objects are there?" --question "What color is the star?"
   pisces draw "a red circle" "two blue stars" --num_images 4 --seed 7 --output drawings --sheet drawings/sheet.png
+  pisces edit photo.png "make the circle red" --then "add a star at the top" --output edited
   pisces reconstruct photo.png --output photo_again.png
   pisces info ./{DEFAULT_MODEL} --json
   pisces push runs/mine --repo me/my-emoji --license cc-by-4.0
@@ -50,7 +51,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(LineParser):
-    judged_later = ("--question",)
+    judged_later = ("--question", "--then")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_describe(commands)
     _add_draw(commands)
+    _add_edit(commands)
     _add_reconstruct(commands)
     _add_info(commands)
     _add_push(commands)
@@ -140,6 +142,35 @@ def _add_draw(commands) -> None:
     _add_sheet(parser)
 
 
+def _add_edit(commands) -> None:
+    parser = _add_command(
+        commands,
+        "edit",
+        "change a picture as an instruction says",
+        "The model sees the picture and draws it anew, changed; the vectors between the two keep what is shown, not "
+        "every pixel of it. Only a checkpoint that was trained on edits follows instructions. Each turn uses the same "
+        "seed. Writes a PNG file for each turn and prints their paths.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="picture file or URL")
+    parser.add_argument("instruction", metavar="INSTRUCTION", help="what to change")
+    parser.add_argument(
+        "--then",
+        action="append",
+        metavar="INSTRUCTION",
+        help="change the result of the turn before; give it several times for several turns",
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="start of the random numbers")
+    _add_drawing_options(parser)
+    parser.add_argument(
+        "--strength",
+        type=finite_number(-1000, 1000),  # as the one above
+        help="start from the picture itself, with this share of the noise, above 0 and at most 1; a small one keeps "
+        "more of the pixels (default: start from noise)",
+    )
+    _add_output(parser, "With a file name and several turns only the last picture is written")
+    _add_sheet(parser)
+
+
 def _add_reconstruct(commands) -> None:
     parser = _add_command(
         commands,
@@ -196,13 +227,13 @@ def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "--output",
         default="outputs",
         metavar="PATH",
         help="folder for the pictures, made when missing; or one file name ending in .png, .jpg or .webp for a single "
-        "picture. Files of the same name are replaced",
+        "picture. Files of the same name are replaced" + (f". {more}" if more else ""),
     )
 
 

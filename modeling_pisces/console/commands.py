@@ -1,4 +1,4 @@
-"""What the commands of `pisces` do: describe, draw, reconstruct, info, push.
+"""What the commands of `pisces` do: describe, draw, edit, reconstruct, info, push.
 
 `pisces_commands/console.py` parses the arguments and turns exceptions into one line and an exit code. Here a command
 checks the checkpoint and its inputs, loads the model, works through the inputs one by one, and reports one that cannot
@@ -45,7 +45,13 @@ def run_command(args: argparse.Namespace) -> int:
     if args.command == "push":
         with nullcontext() if args.verbose else quiet_libraries():
             return _push(args)
-    command = {"describe": _describe, "draw": _draw, "reconstruct": _reconstruct, "info": _info}[args.command]
+    command = {
+        "describe": _describe,
+        "draw": _draw,
+        "edit": _edit,
+        "reconstruct": _reconstruct,
+        "info": _info,
+    }[args.command]
     with nullcontext() if args.verbose else quiet_libraries():
         folder, args.adapters = _checked_checkpoint(args)
         return command(args, folder)
@@ -57,7 +63,7 @@ def _checked_checkpoint(args: argparse.Namespace) -> tuple[Path, tuple[Adapter, 
         raise UsageError(f"no folder ./{DEFAULT_MODEL} here. Name a checkpoint: --model FOLDER or --model OWNER/NAME.")
     try:
         folder, adapters = find_model(name or DEFAULT_MODEL, args.adapter, args.revision)
-        check_checkpoint(folder, with_decoder=args.command in ("draw", "reconstruct"))
+        check_checkpoint(folder, with_decoder=args.command in ("draw", "edit", "reconstruct"))
     except ValueError as error:
         raise UsageError(str(error)) from error
     return folder, adapters
@@ -196,6 +202,40 @@ def _draw(args: argparse.Namespace, folder: Path) -> int:
     return _finish(args, results, errors, [Section(how.capitalize() or "Drawings", t) for how, t in tiles.items()])
 
 
+def _edit(args: argparse.Namespace, folder: Path) -> int:
+    instructions = [args.instruction, *(args.then or [])]
+    for number, instruction in enumerate(instructions, start=1):
+        if not instruction.strip():
+            raise UsageError(f"the instruction of turn {number} is empty. Say what to change.")
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise UsageError(f"--strength is {args.strength:g}; expected a number above 0 and at most 1.")
+    if args.strength is not None and not (folder / "vae").is_dir():
+        raise UsageError(f"--strength starts from the picture's latents, and {folder} has no vae/. Leave it out.")
+    picture = first_usable([args.image])(args.image)
+    if not args.adapters and (words := unknown_words(folder, instructions)):  # an adapter may have taught them
+        print(f"warning: {folder} knows none of: {', '.join(words)} ({folder / KNOWN_WORDS})", file=sys.stderr)
+    place = OutputPlace(args.output, 1)
+    pipeline, _ = _load(load_pipeline, args, folder)
+    tiles = [Tile(picture, f"{Path(args.image).name}\nthe picture")]
+    shown = [picture]  # after each turn
+
+    def edit_once(instruction: str) -> list[dict[str, Any]]:
+        turn = len(shown)
+        options = {**_drawing_options(args), "strength": args.strength}
+        edited = pipeline([instruction], image=[shown[-1]], generator=_generators([args.seed]), **options).images[0]
+        shown.append(edited)
+        tiles.append(Tile(edited, f"{instruction}\nturn {turn}, seed {args.seed}"))
+        if place.is_file and turn < len(instructions):
+            return []
+        path = place.save(edited, f"{Path(args.image).stem} {turn} {instruction}", args.seed)
+        return [{"image": args.image, "instruction": instruction, "turn": turn, "seed": args.seed, "path": path}]
+
+    results, errors = _for_each(
+        folder, "instruction", instructions, edit_once, say=None if args.json else _say_path, stop=True
+    )
+    return _finish(args, results, errors, [Section("A picture and its edits", tiles)])
+
+
 def _reconstruct(args: argparse.Namespace, folder: Path) -> int:
     pictures = find_pictures(args.images)
     load_picture = first_usable(pictures)
@@ -235,8 +275,9 @@ def _for_each(
     items: Iterable[str],
     work: Callable[[str], list[dict[str, Any]]],
     say: Callable[[dict[str, Any]], None] | None = None,
+    stop: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Do the work for each item; one that is refused is reported and the others go on.
+    """Do the work for each item; one that is refused is reported and the others go on, or with `stop` end.
 
     A checkpoint that fails before anything is done, with an error that no input causes, is named instead.
     """
@@ -249,6 +290,8 @@ def _for_each(
             message = " ".join(str(error).split())
             errors.append({kind: item, "error": message})
             print(f"pisces: error: {message}", file=sys.stderr)
+            if stop:
+                break
             continue
         except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
             if results or "out of memory" in str(error):

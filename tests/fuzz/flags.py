@@ -127,6 +127,7 @@ COMMANDS = (
     Command("demo.run_demo", "--model {d}/a --output {d}/out", "show"),
     Command("pisces_commands.console", "describe {d}/a.png --model {d}/model", ""),
     Command("pisces_commands.console", "draw words --model {d}/model --output {d}/out", ""),
+    Command("pisces_commands.console", "edit {d}/a.png words --model {d}/model --output {d}/out", ""),
     Command("pisces_commands.console", "reconstruct {d}/a.png --model {d}/model --output {d}/out", ""),
     Command("pisces_commands.console", "info --model {d}/model", ""),
 )

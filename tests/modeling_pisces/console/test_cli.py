@@ -60,7 +60,7 @@ def assert_one_line_error(err, *words):
 # ---- arguments
 
 
-@pytest.mark.parametrize("command", [[], ["describe"], ["draw"], ["reconstruct"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["describe"], ["draw"], ["edit"], ["reconstruct"], ["info"]])
 def test_help_is_complete_and_exits_with_0(capsys, command):
     code, out, _ = run(capsys, *command, "--help")
     assert code == 0
@@ -100,7 +100,9 @@ def test_pisces_tiny_in_the_current_folder_is_the_default(capsys, tmp_path, monk
     assert code == 0 and "9 vectors per image" in out
 
 
-@pytest.mark.parametrize("command", [["info"], ["describe", "x.png"], ["draw", "x"], ["reconstruct", "x.png"]])
+@pytest.mark.parametrize(
+    "command", [["info"], ["describe", "x.png"], ["draw", "x"], ["edit", "x.png", "x"], ["reconstruct", "x.png"]]
+)
 def test_unusable_checkpoint_is_one_line_and_exits_with_2(capsys, tmp_path, command):
     (tmp_path / "config.json").write_text("{")
     code, _, err = run(capsys, *command, "--model", tmp_path)
