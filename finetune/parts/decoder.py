@@ -249,6 +249,8 @@ def main(arguments: list[str] | None = None) -> Metrics:
     if run.part == "unet" and run.checkpoint is None and (run.gen_encoder is None or run.vae is None):
         frozen_parts(run)  # says which folder is missing, before any picture is read
     if run.checkpoint is not None:
+        if not Path(run.checkpoint).is_dir():
+            raise UsageError(f"--checkpoint {run.checkpoint}: no such folder. Give a finished Pisces on this machine.")
         config = PiscesConfig.from_pretrained(run.checkpoint)
         if not config.has_generation:
             raise ValueError(f"--checkpoint {run.checkpoint}: no generation tower, so no decoder to train.")
