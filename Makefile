@@ -120,7 +120,7 @@ test-clients: .venv-clients/.installed ## `transformers serve` asked about pictu
 
 test-vllm: $(INSTALLED) .venv-vllm/vllm-$(VLLM) ## what the source of vLLM asks of our classes (VLLM=0.33.0; on transformers 5.16 to 5.20 its code runs too)
 	@PISCES_VLLM_SOURCE=.venv-vllm/vllm-$(VLLM) $(BIN)/python -m pytest -q -n 0 -rs tests/modeling_pisces/test_vllm_backend.py \
-		tests/modeling_pisces/test_serving_engines.py
+		tests/modeling_pisces/hub/test_serving_engines.py
 
 # Only its source is wanted, but pip asks a source package for its metadata, which vLLM computes with torch and these
 # tools; "empty" is its own word for a build without kernels, and would change the version that pip asked for.

@@ -74,7 +74,7 @@ def test_rooms_never_import_each_other(room):
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}: rooms meet through folders on disk"
 
 
-# What a folder may import of its own room, from the ground up; `docs/architecture.md` draws the same arrows.
+# What a folder may import of its own room, from the ground up.
 FLOORS = {
     "finetune": {
         "flags": set(),
