@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from finetune.parts.captioned import PictureData
-from finetune.parts.pictures import TensorRows, to_pixel_values, write_sheet
+from finetune.parts.pictures import TensorRows, to_pixel_values, to_uint8, write_sheet
 from finetune.parts.trainer import Metrics
 from finetune.scratch.scores import draw, psnr
 from modeling_pisces.decoder_pisces import predict, vae_scale_factor
@@ -34,6 +34,7 @@ from pisces_commands.writing import whole_files, write_json, write_whole
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PUSHED = (WEIGHTS, "README.md", "run.yaml", "sheet.png")
+POOR = 22.0  # dB, of an autoencoder: colours and outlines of small pictures are visibly others below
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 Measured = namedtuple("Measured", "psnr pictures")  # by name of the pictures: dB, and drawings (I, 3, S, S) uint8
 Loaded = namedtuple("Loaded", "missing_keys unexpected_keys")
@@ -180,6 +181,16 @@ class DecoderLora:
         self.model = LoraTraining(self.pipe.unet, scheduler, time_ids, silence, noise, dropout)
         return self.model
 
+    @torch.no_grad()
+    def ceiling(self, pictures: torch.Tensor) -> float:
+        """What the frozen autoencoder alone makes of pictures, PSNR in dB: no U-Net comes above it."""
+        vae = self.pipe.vae
+        drawn = [
+            to_uint8(vae.decode(vae.encode(to_pixel_values(batch).to(vae.device)).latent_dist.mode()).sample.cpu())
+            for batch in pictures.split(16)
+        ]
+        return float(psnr(torch.cat(drawn), pictures).mean())
+
     def measure(self, heldout: PictureData, kept: PictureData | None, number: int) -> dict[str, Measured]:
         """Reconstructions of the first pictures as the decoder stands now, and how near they come."""
         found = {}
@@ -202,7 +213,8 @@ def save_adapter(
     folder, pipe = Path(run.output_dir), decoder.pipe
     with whole_files(folder, last=WEIGHTS) as partial:
         PiscesPipeline.save_lora_weights(partial, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
-    metrics = {}
+    wanted = before["heldout"].pictures[0]
+    metrics = {"heldout_psnr_autoencoder": round(decoder.ceiling(wanted), 2)}
     for name in after:
         metrics[f"{name}_psnr_before"] = round(before[name].psnr, 2)
         metrics[f"{name}_psnr"] = round(after[name].psnr, 2)
@@ -221,6 +233,12 @@ def save_adapter(
     )
     write_whole(folder / "run.yaml", yaml.safe_dump({**record, "settings": settings}, sort_keys=False))
     print(f"lora_decoder: {json.dumps(metrics)} -> {folder}", flush=True)
+    if metrics["heldout_psnr_autoencoder"] < POOR:
+        print(
+            f"Warning: the autoencoder alone reaches {metrics['heldout_psnr_autoencoder']} dB on these pictures, and "
+            "no adapter of the U-Net comes above that. Train its painting half first, where you can: `python -m "
+            "finetune.parts.decoder --part vae --checkpoint MODEL`."
+        )
     return metrics
 
 

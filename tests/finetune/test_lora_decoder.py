@@ -84,7 +84,9 @@ def test_the_adapter_is_diffusers_own_file_and_learned_something(adapter):
     assert any(".conv1.lora_A" in name for name in names) and any(".to_q.lora_A" in name for name in names)
     assert max(float(value.abs().max()) for name, value in names.items() if "lora_B" in name) > 1e-3
     results = json.loads((adapter / "results.json").read_text())
-    assert set(results["metrics"]) == {"heldout_psnr_before", "heldout_psnr", "kept_psnr_before", "kept_psnr"}
+    assert set(results["metrics"]) == {
+        *("heldout_psnr_before", "heldout_psnr", "kept_psnr_before", "kept_psnr", "heldout_psnr_autoencoder")
+    }
     losses = [point["loss"] for point in results["curve"] if "loss" in point]
     assert len(losses) == 8 and sum(losses[-3:]) < sum(losses[:3])
 
@@ -155,9 +157,12 @@ def test_a_decoder_of_sdxls_shape_is_trained_by_the_same_command(look, tmp_path)
     assert torch.equal(picture_of(pipe, look / "0.png"), before)
 
 
-def test_attention_alone_has_fewer_updates(look, tmp_path):
+def test_attention_alone_has_fewer_updates_and_a_poor_autoencoder_is_named(look, tmp_path, capsys):
     run(ROOT / "pisces-tiny", look, tmp_path / "out", "1", "--targets", "attention")
     assert all(".attn" in name for name in weights(tmp_path / "out"))
+    ceiling = json.loads((tmp_path / "out/results.json").read_text())["metrics"]["heldout_psnr_autoencoder"]
+    assert ceiling < 22  # pisces-tiny has never seen coloured paper
+    assert f"Warning: the autoencoder alone reaches {ceiling} dB on these pictures" in capsys.readouterr().out
 
 
 def test_what_cannot_be_trained_or_pushed_is_refused(look, tmp_path):
