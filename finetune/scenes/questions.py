@@ -96,7 +96,7 @@ def _is_unique(scene: Scene, item: SceneObject, *fields: str) -> bool:
     return sum(same) == 1
 
 
-def _references(scene: Scene, item: SceneObject, hidden: str = "") -> list[str]:
+def references(scene: Scene, item: SceneObject, hidden: str = "") -> list[str]:
     """Names that mean this object and no other in the scene, without naming its `hidden` property."""
     names = []
     if hidden != "shape" and _is_unique(scene, item, "shape"):
@@ -114,7 +114,7 @@ def _references(scene: Scene, item: SceneObject, hidden: str = "") -> list[str]:
 
 def _ask_color(scene: Scene, rng: random.Random, split: str) -> Iterator[Question]:
     for item in scene.objects:
-        for name in _references(scene, item, hidden="color"):
+        for name in references(scene, item, hidden="color"):
             wordings = (
                 f"what color is the {name}?",
                 f"which color is the {name}?",
@@ -130,7 +130,7 @@ def _ask_color(scene: Scene, rng: random.Random, split: str) -> Iterator[Questio
 
 def _ask_shape(scene: Scene, rng: random.Random, split: str) -> Iterator[Question]:
     for item in scene.objects:
-        for name in _references(scene, item, hidden="shape"):
+        for name in references(scene, item, hidden="shape"):
             wordings = (
                 f"what shape is the {name}?",
                 f"which shape is the {name}?",
@@ -175,7 +175,7 @@ def _may_ask(scene: Scene, split: str, first: SceneObject, relation: str, second
 def _ask_relation(scene: Scene, rng: random.Random, split: str) -> Iterator[Question]:
     """ "what is left of the star?", where exactly one object is; now and then where none is."""
     for item in scene.objects:
-        for name in _references(scene, item, hidden="place"):
+        for name in references(scene, item, hidden="place"):
             for relation in RELATIONS:
                 there = [other for other in scene.objects if relation in relations_between(other, item)]
                 if len(there) > 1 or (not there and rng.random() > 0.03):
@@ -190,7 +190,7 @@ def _ask_compare(scene: Scene, rng: random.Random, split: str) -> Iterator[Quest
         return
     for _ in range(4):
         first, second = rng.sample(scene.objects, 2)
-        names = [_references(scene, item, hidden="place") for item in (first, second)]
+        names = [references(scene, item, hidden="place") for item in (first, second)]
         holding = relations_between(first, second)
         wanted = rng.random() < 0.5
         relation = rng.choice([name for name in RELATIONS if (name in holding) == wanted])
@@ -215,7 +215,7 @@ def _ask_exist(scene: Scene, rng: random.Random, split: str) -> Iterator[Questio
         values = {getattr(item, field) for item in scene.objects}
         value = rng.choice([word for word in words if (word in values) == wanted])
         yield _exist_question(with_article(value if field == "shape" else f"{value} object"), wanted)
-    for name in _references(scene, present, hidden="color")[:1]:
+    for name in references(scene, present, hidden="color")[:1]:
         color = present.color if wanted else rng.choice([c for c in COLORS if c != present.color])
         if split != "train" or (color, present.shape) not in HELD_OUT_PAIRS:
             yield Question((f"is the {name} {color}?",), _yes_no(wanted), "exist")
@@ -228,7 +228,7 @@ def _exist_question(noun: str, answer: bool) -> Question:
 
 def _ask_where(scene: Scene, rng: random.Random, split: str) -> Iterator[Question]:
     for item in scene.objects:
-        for name in _references(scene, item, hidden="place"):
+        for name in references(scene, item, hidden="place"):
             wordings = (
                 f"where is the {name}?",
                 f"where do you see the {name}?",
@@ -249,7 +249,7 @@ def _ask_background(scene: Scene, rng: random.Random, split: str) -> Iterator[Qu
 
 def _ask_size(scene: Scene, rng: random.Random, split: str) -> Iterator[Question]:
     for item in scene.objects:
-        for name in _references(scene, item):
+        for name in references(scene, item):
             wordings = (f"is the {name} small or large?", f"what size is the {name}?", f"how big is the {name}?")
             yield Question(wordings, item.size, "size")
 
