@@ -28,7 +28,7 @@ PUSHING = ("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "base
 
 @dataclass
 class LoraDecoderArguments:
-    """Flags of this recipe; rank, rate and length were measured on pisces-tiny, see docs/from_scratch.md."""
+    """Flags of this recipe; what they reach on pisces-tiny stands in docs/from_scratch.md."""
 
     data: list[str] = field(metadata={"help": "pictures of the new look, as the recipes take them: see docs/data.md"})
     output_dir: str = field(metadata={"help": "folder of the adapter; the same command goes on in it"})

@@ -4,6 +4,8 @@
 with every number, its confidence interval and its protocol, and next to it a sheet of drawings and a table of answers.
 The same command goes on where a killed one stopped.
 The data folder is written by `python -m finetune.scenes --split heldout`; the scorer is `evaluation.scenes.scorer`.
+With `--edits` it changes pictures as instructions say, of a folder that `python -m finetune.scenes.edits --split
+heldout` writes, and stands beside two baselines (`evaluation.scenes.edits`).
 """
 
 import argparse
@@ -13,6 +15,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from evaluation.runs.summaries import (
 )
 from evaluation.scenes.descriptions import describe_drawings
 from evaluation.scenes.detector import detect_objects, load_silhouettes
+from evaluation.scenes.edits import answer_edits, edit_summary
 from evaluation.scenes.scorer import score_prompt, score_scene
 from modeling_pisces.checkpoint.adapters import attach_adapters, find_model
 from modeling_pisces.image_loading_pisces import load_image
@@ -53,7 +57,15 @@ SCENES = {
 }
 
 
+EDIT_PROTOCOL = (
+    "{scenes} One drawing per instruction, seed 0, {settings}. Edited: what is asked for is there; kept: every other "
+    "object has its colour, shape and place, and the background; both: the two at once. Of chained edits the last "
+    "picture is judged, where nothing is to change that nothing did. Copy: the source as it is. Redraw: the model's "
+    "own description, its words changed by the truth of the instruction, drawn."
+)
+
 DATA_FILES = ("scenes.jsonl", "prompts.jsonl", "shapes.json")
+EDIT_FILES = ("edits.jsonl", "shapes.json")
 
 
 def normalize_answer(text: str) -> str:
@@ -231,21 +243,25 @@ def describe_protocol(arguments: argparse.Namespace, pipeline) -> str:
     )
 
 
-def begin(arguments: argparse.Namespace, pipeline) -> tuple[dict[str, Any], KeptBatches]:
+def begin(
+    arguments: argparse.Namespace,
+    pipeline,
+    names: Sequence[str] = ("num_questions", "num_reconstructions", "num_prompts", "images_per_prompt"),
+    files: Sequence[str] = DATA_FILES,
+) -> tuple[dict[str, Any], KeptBatches]:
     """Everything that decides the numbers, and the folder beside the results file in which a killed run goes on.
 
     Raises:
         ValueError: it was begun with other flags, data or weights.
     """
     data, output = Path(arguments.data), Path(arguments.output)
-    names = ("num_questions", "num_reconstructions", "num_prompts", "images_per_prompt")
     folder = output.with_name(output.stem + "_unfinished")
     checkpoint, adapters = find_model(arguments.model, arguments.adapter)
     settings = {
         "model": arguments.model,
         "weights": identify_weights(str(checkpoint)),
         "adapters": identify_adapters(adapters),
-        "data_sha256": hash_files([data / name for name in DATA_FILES]),
+        "data_sha256": hash_files([data / name for name in files]),
         **{name: getattr(arguments, name) for name in names},
         "drawing": describe_settings(pipeline),
     }
@@ -308,20 +324,82 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def evaluate_edits(arguments: argparse.Namespace) -> dict[str, Any]:
+    """As `evaluate`, for `--edits`: the model's own edits beside copying and beside describing and drawing again.
+
+    Raises:
+        ValueError: the data folder has no edits, or the unfinished run had other settings.
+    """
+    start = time.monotonic()
+    data, output = Path(arguments.data), Path(arguments.output)
+    for name in EDIT_FILES:
+        if not (data / name).is_file():
+            raise ValueError(
+                f"--data {data}: no {name} in it. Write one: python -m finetune.scenes.edits --split heldout."
+            )
+    rows = [json.loads(line) for line in (data / "edits.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = rows[: arguments.num_edits]
+    world = json.loads((data / "shapes.json").read_text(encoding="utf-8"))
+    pipeline = load_pipeline(arguments)
+    settings, kept = begin(arguments, pipeline, ("num_edits",), EDIT_FILES)
+    outcomes, drawn = answer_edits(pipeline, data, rows, world, load_silhouettes(data), kept=kept)
+    parts: dict[str, Any] = {"adapters": arguments.adapter} if arguments.adapter else {}
+    parts |= {way: edit_summary(values) for way, values in outcomes.items()}
+    protocol = EDIT_PROTOCOL.format(scenes=describe_scenes(data), settings=describe_settings(pipeline))
+    results = make_results(
+        "edits",
+        arguments.model,
+        parts,
+        settings,
+        command=current_command(),
+        facts=describe_machine(),
+        protocol=protocol,
+        start=start,
+    )
+    save_edit_sheet(drawn, data, output.with_name(output.stem + "_edits.png"))
+    write_json(output, results)  # last: where it is, the run is finished
+    shutil.rmtree(output.with_name(output.stem + "_unfinished"))
+    return results
+
+
+def save_edit_sheet(drawn: list[tuple[dict, dict, dict]], data: Path, path: Path, per_kind: int = 2) -> None:
+    """For each kind source, result, truth and redrawn picture; a cross marks a result that is not both."""
+    from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sheet
+
+    tiles: dict[str, list] = defaultdict(list)
+    for row, pictures, scores in drawn:
+        if len(tiles[row["kind"]]) >= 4 * per_kind:
+            continue
+        said = "; then ".join(turn["instruction"] for turn in row["turns"])
+        tiles[row["kind"]] += [
+            Tile(load_image(data / row["image"]), said),
+            Tile(pictures["edit"], "result" if scores["both"] else "x result"),
+            Tile(load_image(data / row["turns"][-1]["image"]), "truth"),
+            Tile(pictures["redraw"], "described and drawn again"),
+        ]
+    sections = [Section(kind, found) for kind, found in tiles.items()]
+    write_whole(path, make_contact_sheet(sections, tile_side=128, columns=4 * per_kind).save)
+
+
 def main() -> None:
     parser = LineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id")
     add_adapter_flag(parser)
-    parser.add_argument("--data", required=True, help="held-out data folder with scenes.jsonl and prompts.jsonl")
+    parser.add_argument(
+        "--data", required=True, help="held-out data folder with scenes.jsonl and prompts.jsonl, or edits.jsonl"
+    )
     parser.add_argument("--output", required=True, help="results file to write, .json")
     parser.add_argument("--num_questions", type=COUNT, default=1800, help="questions, equally many of each type")
     parser.add_argument("--num_reconstructions", type=COUNT, default=300, help="pictures to reconstruct")
     parser.add_argument("--num_prompts", type=COUNT, default=192, help="drawing prompts")
     parser.add_argument("--images_per_prompt", type=COUNT, default=4, help="drawings of each prompt")
+    parser.add_argument("--edits", action="store_true", help="score edits, of a folder with edits.jsonl, alone")
+    parser.add_argument("--num_edits", type=COUNT, default=600, help="edits, with --edits")
     parser.add_argument("--image_temperature", type=finite_number(0, 100), help="instead of the checkpoint's own")
     parser.add_argument("--guidance_scale", type=finite_number(0, 1000), help="instead of the checkpoint's own")
     with one_line_ending():
-        results = evaluate(parser.parse_args())
+        arguments = parser.parse_args()
+        results = evaluate_edits(arguments) if arguments.edits else evaluate(arguments)
         for name, part in results.items():
             if isinstance(part, dict) and "overall" in part:
                 print(name, json.dumps(part["overall"]))
