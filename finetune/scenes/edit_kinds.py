@@ -19,6 +19,7 @@ from finetune.scenes.layout import (
     SPLITS,
     Scene,
     SceneObject,
+    are_neighbours,
     is_held_out,
     make_scene,
     sample_scene,
@@ -69,10 +70,13 @@ def touched_cells(before: Scene, after: Scene) -> set[tuple[int, int]]:
 
 
 def is_allowed(scene: Scene, touched: set[tuple[int, int]]) -> bool:
-    """Whether the objects of the touched cells keep their distance from all others."""
+    """Whether the objects of the touched cells keep their distance from all others, and no two large ones stand side
+    by side: the scenes of `finetune.scenes.layout` never show that."""
     for one, other in itertools.combinations(scene.objects, 2):
         if not touched & {(one.row, one.col), (other.row, other.col)}:
             continue
+        if one.size == other.size == "large" and are_neighbours((one.row, one.col), (other.row, other.col)):
+            return False
         reach = sum((0.88 if item.shape == "square" else 1.0) * item.radius for item in (one, other))
         kind = "side" if one.row == other.row or one.col == other.col else "diagonal"
         if max(abs(one.x - other.x), abs(one.y - other.y)) - reach < MIN_GAP[kind]:

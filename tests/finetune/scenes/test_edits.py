@@ -157,10 +157,8 @@ def test_a_training_row_is_read_as_a_conversation(tmp_path):
 
 def test_a_row_depends_on_its_index_alone_and_a_full_folder_is_refused(tmp_path):
     folder = write_edits(tmp_path / "edits", num_edits=3, seed=1, split="heldout")
-    assert (
-        json.loads((folder / "edits.jsonl").read_text(encoding="utf-8").splitlines()[2])
-        == make_row(2, 1, "heldout")[0]
-    )
+    lines = (folder / "edits.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[2]) == json.loads(json.dumps(make_row(2, 1, "heldout")[0]))
     with pytest.raises(SystemExit, match=r"edits is not empty\. Choose another --output"):
         main(["--output", str(folder), "--num_edits", "3"])
     with pytest.raises(ValueError, match="kind 'paint', split 'train': expected one of"):
