@@ -127,10 +127,12 @@ def test_a_format_that_this_pil_cannot_read_is_left_out_of_the_list(monkeypatch)
 
 
 def test_no_other_place_of_the_project_opens_pictures_with_pil():
-    for room in ("modeling_pisces", "conversion", "finetune", "evaluation", "benchmarks", "demo"):
+    for room in ("modeling_pisces", "conversion", "curation", "finetune", "evaluation", "benchmarks", "demo"):
         for path in (ROOT / room).rglob("*.py"):
             calls = len(re.findall(r"\bImage\.open\(", path.read_text(encoding="utf-8")))
-            assert calls == (path.name == "image_loading_pisces.py"), f"{path}: open pictures with load_image"
+            # one opens pictures for everybody; one times bare Pillow beside it, on pictures of its own
+            wanted = path in (ROOT / "modeling_pisces/image_loading_pisces.py", ROOT / "benchmarks/curation.py")
+            assert calls == wanted, f"{path}: open pictures with load_image"
 
 
 def test_the_endings_of_pictures_are_written_down_once():
