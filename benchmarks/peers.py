@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def decoder_seconds(repeats: int) -> dict[str, float]:
     pipeline.set_progress_bar_config(disable=True)
     vectors = torch.randn(1, 16, pipeline.unet.config.encoder_hid_dim)
     return {
-        str(steps): round(seconds(lambda s=steps: pipeline(image_vectors=vectors, num_inference_steps=s), repeats), 4)
+        str(steps): round(seconds(partial(pipeline, image_vectors=vectors, num_inference_steps=steps), repeats), 4)
         for steps in DECODER_STEPS
     }
 

@@ -67,7 +67,8 @@ def from_llava(
     part = open_part(llava, revision, role="raw", allow_pickle=allow_pickle)
     llava_config = _read_config(part)
     llava_processor = _read_processor(part, llava_config)
-    parts, own = {"llava": part}, dict(_free_token_ids(part, llava_processor, llava_config))
+    parts = {"llava": part}
+    own: dict[str, Any] = dict(_free_token_ids(part, llava_processor, llava_config))
     if generation is not None:
         add_drawing_tokens(llava_processor.tokenizer, own, part.name)
         parts["gen_vision_tower"], settings = generation.open()

@@ -68,7 +68,7 @@ class PiscesBackbone:
         from modeling_pisces import PiscesPipeline
 
         pipeline = PiscesPipeline.from_pretrained(
-            **self.source,
+            **self.source,  # type: ignore[arg-type]
             vision_language_model=self.model,
             processor=self.processor,
             torch_dtype=self.model.dtype,

@@ -35,7 +35,7 @@ SIDES = ("understanding",)
 
 
 @dataclass
-class PiscesDPOConfig(RunDefaults, DPOConfig):
+class PiscesDPOConfig(RunDefaults, DPOConfig):  # type: ignore[misc]
     """`DPOConfig` with the defaults of these recipes. `max_length` leaves longer pairs out, uncut."""
 
     max_length: int | None = field(

@@ -49,7 +49,7 @@ class RewardArguments(RecipeArguments):
 
 
 @dataclass
-class PiscesGRPOConfig(RunDefaults, GRPOConfig):
+class PiscesGRPOConfig(RunDefaults, GRPOConfig):  # type: ignore[misc]
     """`GRPOConfig` with the defaults of these recipes."""
 
     max_completion_length: int = field(default=64, metadata={"help": "tokens of an answer, at most"})

@@ -462,7 +462,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
             if strength is None:
                 latents = start_latents(scheduler, shape, generator, device, latents)
             else:
-                source = self._source_latents(pictures, height, width, num_images_per_prompt)
+                source = self._source_latents(pictures or [], height, width, num_images_per_prompt)
                 noise = start_latents(None, shape, generator, device, latents)  # of variance 1, in every scheduler
                 latents = noised(scheduler, source, noise, schedule[0])
             tensors = {"latents": latents, "image_vectors": vectors, "negative_image_vectors": negative}

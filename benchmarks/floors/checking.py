@@ -84,7 +84,8 @@ def train(width: int, num_layers: int) -> Callable[[], None]:
 
 def draw(width: int, num_layers: int) -> Callable[[], None]:
     model = make_model(small_size(width, num_layers), torch.float32, "cpu")
-    input_ids = torch.randint(10, model.config.text_config.vocab_size, (1, PROMPT_TOKENS))
+    text: Any = model.config.text_config
+    input_ids = torch.randint(10, text.vocab_size, (1, PROMPT_TOKENS))
     input_ids[:, -1] = GEN_START
     assert GEN not in input_ids
     mask = torch.ones_like(input_ids)

@@ -76,7 +76,7 @@ def run_language_model(
 ) -> torch.Tensor:
     """Last hidden states (rows, tokens, D) after `past` tokens that are in a cache already; on the meta device."""
     text, weight = model.config.text_config, model.lm_head.weight
-    cache = DynamicCache() if keeps else None
+    cache: Any = DynamicCache() if keeps else None
     heads, width = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
     for layer in range(text.num_hidden_layers if past else 0):
         cache.update(*(empty(rows, heads, past, width, like=weight) for _ in range(2)), layer)

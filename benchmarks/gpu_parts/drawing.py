@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def make_drawer(preset: Preset, device: str, head: str = "mlp") -> PiscesForCond
     """A random model made where it will run; its towers are one layer deep, because drawing does not run them."""
     torch.manual_seed(0)
     config = make_config(preset)
-    config.gen_head_type = head
+    config.gen_head_type = head  # type: ignore[assignment]
     with torch.device(device):
         return PiscesForConditionalGeneration._from_config(config, dtype=preset.dtype).eval()
 
@@ -100,7 +101,7 @@ def measure_vectors(preset: Preset, device: str, repeats: int) -> Iterator[dict[
         shape = PiscesForConditionalGeneration._from_config(make_config(preset), dtype=preset.dtype).eval()
     sheet = known_device(device)
     for name, rows, options in CASES:
-        seconds = timed(lambda r=rows, o=options: draw_vectors(model, r, o), device, repeats)
+        seconds = timed(partial(draw_vectors, model, rows, options), device, repeats)
         line: dict[str, Any] = {"case": name, "seconds": round(seconds, 4), "per_picture_s": round(seconds / rows, 4)}
         if sheet is not None:
             floor = vectors(shape, rows, "guidance_scale" in options).floor(sheet)
@@ -113,7 +114,7 @@ def make_pipeline(preset: Preset, device: str) -> PiscesPipeline:
     model = make_drawer(preset, device)
     is_large, size = preset.text["hidden_size"] > 1024, model.config.gen_vector_size
     unet, vae = (SDXL_UNET, SDXL_VAE) if is_large else (TINY_UNET, TINY_VAE)
-    added = size + 6 * unet["addition_time_embed_dim"]
+    added = size + 6 * int(str(unet["addition_time_embed_dim"]))
     torch.manual_seed(0)
     with torch.device(device):
         decoder = UNet2DConditionModel(**unet, cross_attention_dim=size, projection_class_embeddings_input_dim=added)
@@ -137,5 +138,5 @@ def measure_picture(preset: Preset, device: str, repeats: int) -> Iterator[dict[
 
     side = pipeline.unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     for steps in (25, 50, 8):
-        seconds = timed(lambda s=steps: picture(s), device, repeats)
+        seconds = timed(partial(picture, steps), device, repeats)
         yield {"case": f"{side} px, {steps} steps, guidance on both sides", "seconds": round(seconds, 3)}

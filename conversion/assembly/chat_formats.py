@@ -245,7 +245,7 @@ def _of_tokenizer(form: ChatFormat, tokenizer: Any) -> ChatFormat:
     """A format of the table with this tokenizer's end token, and its begin token where it puts one."""
     eos = tokenizer.eos_token or ""
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    texts = {
+    texts: dict[str, Any] = {
         name: value.replace("EOS", eos) if isinstance(value, str) else value for name, value in vars(form).items()
     }
     begin = tokenizer.bos_token if adds_bos else ""

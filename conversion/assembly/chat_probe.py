@@ -159,7 +159,7 @@ def read_own_format(tokenizer: Any) -> ChatFormat:
         trims_user=_trims(tokenizer, USER, _turns(spaced(USER))),
         trims_answer=_trims(tokenizer, ANSWER, _turns(USER, spaced(ANSWER))),
         trims_system=_trims(tokenizer, SYSTEM, [{"role": "system", "content": spaced(SYSTEM)}, *_turns(USER)]),
-        **parts,
+        **parts,  # type: ignore[arg-type]
     )
 
 

@@ -128,7 +128,7 @@ class RowMaker:
     def caption_column(self, names: list[str]) -> str | None:
         """The column of a table that may hold several captions in a row; None if its records are no pairs."""
         record = self._rename({name: name for name in names})
-        return record[_name_in(record, "prompt")] if _shape_of(record) == "pair" else None
+        return record[str(_name_in(record, "prompt"))] if _shape_of(record) == "pair" else None
 
     def _rename(self, record: dict[str, Any]) -> dict[str, Any]:
         for theirs in self.spec.columns.values():

@@ -98,7 +98,7 @@ class StreamedRows(IterableDataset):
     @property
     def unused(self) -> Counter[str]:
         """Fields of the records read so far by this process that no row holds."""
-        return getattr(self.make_rows, "unused", Counter())
+        return Counter(getattr(self.make_rows, "unused", {}))
 
     def state_dict(self) -> dict[str, int]:
         """Where the latest iteration stands: turns done, and records and rows handed out of the current one."""

@@ -129,7 +129,7 @@ def pick_rows(data: Any, side: str, number: int) -> list[Row]:
 def _has_side(row: Row, side: str) -> bool:
     if side == "drawing":
         return count_pictures(row)[1] > 0
-    if side == "text" and sum(count_pictures(row)):
+    if side == "text" and any(count_pictures(row)):
         return False
     spoken = (part for message in row["messages"] if message["role"] == "assistant" for part in message["content"])
     return any(part["type"] == "text" and part["text"] for part in spoken)

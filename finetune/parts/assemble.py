@@ -117,7 +117,9 @@ def train_tokenizer(texts: list[str], vocabulary_size: int = VOCABULARY_SIZE) ->
 
 def make_processor(tokenizer: PreTrainedTokenizerFast, config: PiscesConfig) -> PiscesProcessor:
     """Both image processors resize to the towers' square and normalise to [-1, 1]."""
-    side, gen_side = config.vision_config.image_size, config.gen_vision_config.image_size
+    vision: Any = config.vision_config
+    gen_vision: Any = config.gen_vision_config
+    side, gen_side = vision.image_size, gen_vision.image_size
     size, gen_size = {"height": side, "width": side}, {"height": gen_side, "width": gen_side}
     half = [0.5, 0.5, 0.5]
     return PiscesProcessor(

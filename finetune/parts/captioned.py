@@ -187,7 +187,7 @@ def choose_heldout(ids: Sequence[str], share: float) -> set[int]:
 
 def _write_part(folder: Path, source: Path, places: Sequence[int], collected: "_Collection", made_of: dict) -> None:
     """The pictures at `places` of the file in `source`, their records and the index."""
-    side, records = collected.image_size, [collected.records[place] for place in places]
+    side, records = int(collected.image_size or 0), [collected.records[place] for place in places]
     pictures = np.memmap(source / PICTURES_FILE, dtype=np.uint8, mode="r").reshape(-1, 3, side, side)
     if len(places) < len(pictures):
         with (folder / "part.bin").open("wb") as file:

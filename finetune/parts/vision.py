@@ -10,7 +10,7 @@ and skip this recipe.
 
 # I pictures, P patches, C width of the tower
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -117,7 +117,7 @@ def label_rows(data: PictureData, grid_side: int) -> dict[str, torch.Tensor]:
     Raises:
         UsageError: a picture has no truth.
     """
-    truths = [record.get("truth") for record in data.records]
+    truths: list[Any] = [record.get("truth") for record in data.records]
     if missing := [record["id"] for record in data.records if "truth" not in record]:
         raise UsageError(
             f"--labels scenes: {len(missing)} of {len(truths)} pictures have no truth, the first is {missing[0]}. "

@@ -195,7 +195,9 @@ def _swap(scene: Scene, rng: random.Random) -> Edit | None:
     if (one.shape, one.color, one.size) == (other.shape, other.color, other.size):
         return None
     names = [rng.choice(references(scene, item)) for item in (one, other)]
-    places = [{"row": item.row, "col": item.col, "x": item.x, "y": item.y} for item in (other, one)]
+    places: list[dict[str, Any]] = [
+        {"row": item.row, "col": item.col, "x": item.x, "y": item.y} for item in (other, one)
+    ]
     swapped = [replace(item, **place) for item, place in zip((one, other), places, strict=True)]
     wordings = tuple(text.format(*names) for text in ("swap the {} and the {}", "exchange the {} and the {}"))
     ops = [{"op": "swap", "cell": cell(one), "to": cell(other)}]

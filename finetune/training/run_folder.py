@@ -196,7 +196,9 @@ def _judge(trainer, folder: Path, recipe, adapter: AdapterConfig, rows: Rows) ->
     source = {"revision": adapter.model_revision, "trust_remote_code": trainer.args.trust_remote_code}
     heldout = guarded_rows(trainer, "drawing") or trainer.eval_dataset
     try:
-        verdict = judge_run(trainer, adapter.model_name_or_path, rows.dataset, heldout, recipe.judge_rows, **source)
+        verdict = judge_run(
+            trainer, str(adapter.model_name_or_path), rows.dataset, heldout, recipe.judge_rows, **source
+        )
     except (ValueError, OSError, RuntimeError) as error:  # the adapter is trained and saved: nothing of that is lost
         logger.warning(
             f"the run could not be judged ({' '.join(str(error).split())[:300]}). --judge_rows 0 leaves it."

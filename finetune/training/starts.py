@@ -56,7 +56,10 @@ def meaning_of(*settings: Any) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for flags in settings:
-        values |= flags.to_dict() if hasattr(flags, "to_dict") else asdict(flags) if is_dataclass(flags) else flags
+        if is_dataclass(flags) and not isinstance(flags, type) and not hasattr(flags, "to_dict"):
+            values |= asdict(flags)
+        else:
+            values |= flags.to_dict() if hasattr(flags, "to_dict") else flags
     if BATCH[0] in values:
         values["rows_per_step"] = values[BATCH[0]] * values.get(BATCH[1], 1) * PartialState().num_processes
     kept = {k: v for k, v in values.items() if not k.startswith(MAY_CHANGE) and k not in (*IDENTITIES, *BATCH)}
