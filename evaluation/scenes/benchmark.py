@@ -370,7 +370,7 @@ def save_edit_sheet(drawn: list[tuple[dict, dict, dict]], data: Path, path: Path
     for row, pictures, scores in drawn:
         if len(tiles[row["kind"]]) >= 4 * per_kind:
             continue
-        said = "; then ".join(turn["instruction"] for turn in row["turns"])
+        said = "; then ".join(turn["instruction"].rstrip(".") for turn in row["turns"])
         tiles[row["kind"]] += [
             Tile(load_image(data / row["image"]), said),
             Tile(pictures["edit"], "result" if scores["both"] else "x result"),

@@ -1,0 +1,64 @@
+"""Every command of docs/edit.md, at a small size: the console on a tiny random model, edits on pisces-tiny."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pisces_commands.console import main
+from tests.checkpoint_folder import write_checkpoint
+from tests.commands import load_command
+
+
+ROOT = Path(__file__).parents[3]
+TEXT = (ROOT / "docs/edit.md").read_text(encoding="utf-8")
+COMMANDS = [
+    shlex.split(line)
+    for body in re.findall(r"^```(?:bash)?\n(.*?)^```$", TEXT, re.M | re.S)
+    for line in body.splitlines()
+]
+TOY = {"finetune.scenes.edits": ["--num_edits", "12"], "evaluation.scenes": ["--num_edits", "12"]}
+
+
+def test_every_command_and_the_python_of_the_page_run(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    Image.new("RGB", (20, 20), "red").save("photo.png")
+    write_checkpoint(tmp_path / "tiny")
+    assert [words[0] for words in COMMANDS] == ["pisces", "pisces", "python", "python"]
+    for words in COMMANDS[:2]:
+        assert main([*words[1:], "--model", "tiny"]) == 0
+    assert len(list(Path("edited").glob("*.png"))) == 2 and Path("edited.png").is_file()
+
+    (tmp_path / "pisces-tiny").symlink_to(ROOT / "pisces-tiny")
+    for words in COMMANDS[2:]:
+        monkeypatch.setattr(sys, "argv", [words[2], *words[3:], *TOY[words[2]]])
+        load_command(words[2])()
+    results = json.loads(Path("results/pisces-tiny-edits.json").read_text(encoding="utf-8"))
+    assert results["copy"]["scores"]["kept"] == {"value": 1.0, "n": 12, "low": 0.7575, "high": 1.0}
+
+    names: dict = {}
+    (code,) = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
+    exec("from modeling_pisces import PiscesPipeline\n" + code, names)
+    assert names["edited"].size == (64, 64)
+
+
+def cell(scores: dict) -> str:
+    edited, kept, both = (scores[name] for name in ("edited", "kept", "both"))
+    interval = f"{both['low'] + 0.0:.2f} to {both['high']:.2f}"
+    return f"{edited['value']:.2f}, {kept['value']:.2f}, **{both['value']:.2f}** ({interval})"
+
+
+def test_the_table_says_what_the_results_file_says():
+    results = json.loads((ROOT / "results/pisces-tiny-edits.json").read_text(encoding="utf-8"))
+    assert results["benchmark"] == "edits" and results["model"] == "pisces-tiny"
+    for name, way in (("`pisces-tiny`", "edit"), ("copy", "copy"), ("redraw", "redraw")):
+        cells = [cell(results[way]["groups"][group]) for group in ("single", "two", "chained", "no_change")]
+        assert f"| {name} | {' | '.join(cells)} |" in TEXT, f"| {name} | {' | '.join(cells)} |"
+    counts = [results["edit"]["groups"][group]["both"]["n"] for group in ("single", "two", "chained", "no_change")]
+    assert counts == [120, 15, 15, 30]
