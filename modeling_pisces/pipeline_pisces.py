@@ -459,7 +459,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
             if guidance > 1:
                 negative = self._negative_vectors(negative, vectors, vector_kwargs).to(device)
 
-            if strength is None:
+            if strength is None or pictures is None:
                 latents = start_latents(scheduler, shape, generator, device, latents)
             else:
                 source = self._source_latents(pictures or [], height, width, num_images_per_prompt)

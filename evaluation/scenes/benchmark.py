@@ -330,7 +330,7 @@ def evaluate_edits(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: the data folder has no edits, or the unfinished run had other settings.
     """
-    start = time.monotonic()
+    start, facts = time.monotonic(), describe_machine()  # before the run's own folder counts as a change
     data, output = Path(arguments.data), Path(arguments.output)
     for name in EDIT_FILES:
         if not (data / name).is_file():
@@ -352,7 +352,7 @@ def evaluate_edits(arguments: argparse.Namespace) -> dict[str, Any]:
         parts,
         settings,
         command=current_command(),
-        facts=describe_machine(),
+        facts=facts,
         protocol=protocol,
         start=start,
     )

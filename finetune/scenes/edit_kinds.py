@@ -195,10 +195,7 @@ def _swap(scene: Scene, rng: random.Random) -> Edit | None:
     if (one.shape, one.color, one.size) == (other.shape, other.color, other.size):
         return None
     names = [rng.choice(references(scene, item)) for item in (one, other)]
-    places: list[dict[str, Any]] = [
-        {"row": item.row, "col": item.col, "x": item.x, "y": item.y} for item in (other, one)
-    ]
-    swapped = [replace(item, **place) for item, place in zip((one, other), places, strict=True)]
+    swapped = [replace(a, row=b.row, col=b.col, x=b.x, y=b.y) for a, b in ((one, other), (other, one))]
     wordings = tuple(text.format(*names) for text in ("swap the {} and the {}", "exchange the {} and the {}"))
     ops = [{"op": "swap", "cell": cell(one), "to": cell(other)}]
     return Edit("swap", wordings, _changed(scene, [one, other], swapped), ops)
