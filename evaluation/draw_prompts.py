@@ -18,7 +18,6 @@ from evaluation.drawing.folder import SEED_RULE, picture_path, picture_seed, wri
 from evaluation.drawing.prompt_sets import Prompt, load_prompts, load_rewritten, prompt_files, split_spec
 from evaluation.runs.files import (
     describe_machine,
-    hash_files,
     identify_adapters,
     identify_weights,
     keep_settings,
@@ -29,6 +28,7 @@ from evaluation.runs.summaries import seed_generators
 from modeling_pisces.checkpoint.adapters import attach_adapters, find_model
 from pisces_commands.arguments import COUNT, SEED, LineParser, add_adapter_flag, finite_number
 from pisces_commands.ending import one_line_ending
+from pisces_commands.measurement import hash_files
 from pisces_commands.writing import write_whole
 
 

@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from evaluation.drawing.clip import ClipVectors
 from evaluation.drawing.folder import picture_path, read_entries, read_run
-from evaluation.runs.files import describe_command, describe_machine, hash_files, keep_settings
+from evaluation.runs.files import describe_command, describe_machine, keep_settings
 from evaluation.runs.results import make_results
 from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES, load_image
 from pisces_commands.arguments import LineParser
 from pisces_commands.ending import one_line_ending
+from pisces_commands.measurement import hash_files
 from pisces_commands.writing import write_json
 
 

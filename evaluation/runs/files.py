@@ -5,7 +5,6 @@ run leaves no half of one, so the same command goes on where it stopped.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import torch
 import transformers
 
 from modeling_pisces.checkpoint.adapters import Adapter
-from pisces_commands.measurement import current_commit, describe_hardware
+from pisces_commands.measurement import current_commit, describe_hardware, hash_files
 from pisces_commands.writing import write_json
 
 
@@ -32,16 +31,6 @@ def describe_machine() -> dict[str, Any]:
         "hardware": describe_hardware(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-
-
-def hash_files(paths: Sequence[Path]) -> str:
-    """The first 16 digits of a sha256 over the contents, in the order given."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def identify_weights(source: str, hub_commit: str | None = None) -> str:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from evaluation.runs.batches import KeptBatches
-from evaluation.runs.files import describe_machine, hash_files, identify_adapters, identify_weights, keep_settings
+from evaluation.runs.files import describe_machine, identify_adapters, identify_weights, keep_settings
 from evaluation.runs.results import make_results
 from evaluation.runs.summaries import (
     Outcomes,
@@ -41,7 +41,7 @@ from modeling_pisces.checkpoint.adapters import attach_adapters, find_model
 from modeling_pisces.image_loading_pisces import load_image
 from pisces_commands.arguments import COUNT, LineParser, add_adapter_flag, finite_number
 from pisces_commands.ending import one_line_ending
-from pisces_commands.measurement import current_command
+from pisces_commands.measurement import current_command, hash_files
 from pisces_commands.writing import write_json, write_whole
 
 

@@ -19,14 +19,14 @@ from PIL import Image
 
 from examples.emoji.contact_sheet import read_truth
 from examples.emoji.judge_network import Judge, load_judge, shift_and_scale, to_image, to_tensor
-from examples.emoji.kept import Kept, hash_files
+from examples.emoji.kept import Kept
 from examples.emoji.scores import mean, normalize_answer, psnr, share, shares_by, ssim
 from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint
 from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sheet
 from modeling_pisces.image_loading_pisces import load_image
 from pisces_commands.arguments import COUNT, SEED, LineParser, finite_number
 from pisces_commands.ending import one_line_ending
-from pisces_commands.measurement import current_command, current_commit, describe_hardware
+from pisces_commands.measurement import current_command, current_commit, describe_hardware, hash_files
 from pisces_commands.writing import write_json, write_whole
 
 

@@ -1,6 +1,5 @@
 """Where an evaluation keeps what it has done, so that a run that was stopped goes on: lines per part, and pictures."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -81,13 +80,3 @@ class Kept:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
-
-
-def hash_files(paths: Sequence[Path]) -> str:
-    """The first 16 digits of a sha256 over the contents, in the order given."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()[:16]

@@ -25,7 +25,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from finetune.data.schema import Row
 from finetune.training.checkpoints import last_complete_checkpoint
-from pisces_commands.measurement import current_command, current_commit
+from pisces_commands.measurement import current_command, current_commit, hash_files
 from pisces_commands.writing import write_json
 
 
@@ -215,7 +215,7 @@ def identify_base(name: str, revision: str | None = None) -> tuple[str, str | No
         return name, None
     if Path(name).is_dir():
         weights = sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".bin"))
-        return name, f"sha256 {_hash_files(weights)}" if weights else None
+        return name, f"sha256 {hash_files(weights)}" if weights else None
     try:
         validate_repo_id(name)
     except HFValidationError:  # loading says what is wrong with the name
@@ -224,15 +224,6 @@ def identify_base(name: str, revision: str | None = None) -> tuple[str, str | No
     optional = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
     commit = extract_commit_hash(cached_file(name, "config.json", revision=revision, **optional), None)
     return name, f"commit {commit}" if commit else None
-
-
-def _hash_files(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def identify_rows(rows: Iterable[Row]) -> str:
