@@ -40,6 +40,7 @@ logger = logging.get_logger(__name__)
 
 GUARD_FILE = "guard.json"
 SIDES = ("understanding", "drawing", "text")
+LEAST_RIGHT = 0.1  # of the texts, before training: a model that knows no text gets one of 56 by chance
 MEANS_LESS = ("text_loss", "image_loss")  # the metrics that fall when things get better, judged in proportion
 
 
@@ -172,8 +173,11 @@ class TwoSidedGuard(TrainerCallback):
         right = point["text"].pop("right_rows", None)
         if right is None:  # of a model in shards
             return True
-        if not self.points and not right:
-            self._say("guard: no plain-text question is answered right before training; text is not watched.")
+        if not self.points and len(right) < LEAST_RIGHT * len(self.rows["text"]):
+            self._say(
+                f"guard: {len(right)} of {len(self.rows['text'])} plain-text questions are answered right before "
+                "training, too few to watch."
+            )
             return False
         point["text_right"] = right
         before = set((self.points[0] if self.points else point)["text_right"])

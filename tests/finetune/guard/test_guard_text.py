@@ -92,7 +92,7 @@ def test_what_was_right_and_is_not_any_more_is_counted_and_warned_of(tmp_path, m
 def test_a_model_that_answers_nothing_has_no_text_to_lose(tmp_path, monkeypatch, capsys):
     _, guard = watched_run(tmp_path, monkeypatch, [[False] * 4])
     assert guard.points == [] and not (tmp_path / "guard.json").exists()
-    assert "no plain-text question is answered right before training" in capsys.readouterr().out
+    assert "0 of 4 plain-text questions are answered right before training, too few" in capsys.readouterr().out
 
 
 def test_answers_are_the_model_s_own_greedy_words():
