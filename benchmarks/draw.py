@@ -19,7 +19,7 @@ from typing import Any
 
 from pisces_commands.arguments import COUNT, LineParser
 from pisces_commands.ending import run_command
-from pisces_commands.measurement import write_result
+from pisces_commands.measurement import summarize_pairs, write_result
 
 
 PROMPTS = (
@@ -86,15 +86,7 @@ def drawer(model: str, checkout: Path, threads: int) -> Iterator[Drawer]:
 def compare(ours: Drawer, older: Drawer, rounds: int) -> dict[str, Any]:
     """The same prompts one at a time, in turn."""
     pairs = [(ours.draw(seed), older.draw(seed)) for seed in range(rounds * len(PROMPTS))]
-    ratios = [a / b for a, b in pairs]
-    return {
-        "ours_s": round(statistics.median(a for a, _ in pairs), 4),
-        "older_s": round(statistics.median(b for _, b in pairs), 4),
-        "ratio_median": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
-        "pairs": len(pairs),
-    }
+    return summarize_pairs(pairs, baseline="older")
 
 
 def throughput(ours: Drawer, sizes: list[int], rounds: int) -> list[dict[str, float]]:

@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,19 @@ def paired(ours: Callable[[], float], baseline: Callable[[], float], pairs: int)
     """
     ours(), baseline()
     times = [(ours(), baseline()) for _ in range(pairs)]
+    return summarize_pairs(times)
+
+
+def summarize_pairs(times: Sequence[tuple[float, float]], baseline: str = "baseline") -> dict[str, Any]:
+    """Medians of seconds of two things that were timed in turn, and of their ratio pair by pair with its extremes."""
     ratios = [a / b for a, b in times]
     return {
         "ours_s": round(statistics.median(a for a, _ in times), 4),
-        "baseline_s": round(statistics.median(b for _, b in times), 4),
+        f"{baseline}_s": round(statistics.median(b for _, b in times), 4),
         "ratio_median": round(statistics.median(ratios), 4),
         "ratio_min": round(min(ratios), 4),
         "ratio_max": round(max(ratios), 4),
-        "pairs": pairs,
+        "pairs": len(times),
     }
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from finetune.parts.captioned import PictureData
 from finetune.parts.pictures import to_pixel_values, write_sheet
 from finetune.parts.stages import SHORT_REQUESTS, description
+from modeling_pisces.console.commands import answer_question
 from modeling_pisces.pipeline_pisces import PiscesPipeline
 
 
@@ -140,18 +141,9 @@ def _answers(pipe: PiscesPipeline, data: PictureData) -> list[tuple[str, str]]:
     for picture, record in zip(data.pictures, data.records, strict=True):
         turn = record["conversations"][0][0] if record["conversations"] else None
         question = turn["question"] if turn else SHORT_REQUESTS[0]
-        content = [{"type": "image", "image": _pil(picture)}, {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(model.device)
-        written = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
-        text = processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        text = answer_question(model, processor, _pil(picture), question, MAX_ANSWER_TOKENS)
         asked = turn["answer"] if turn else description(record, False)
-        found.append((text.strip().lower(), asked.strip().lower()))
+        found.append((text.lower(), asked.strip().lower()))
     return found
 
 
