@@ -10,8 +10,12 @@ import hashlib
 import json
 import re
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
@@ -365,3 +369,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args) -> None:
         """Tests read `requests` instead."""
+
+
+@contextmanager
+def local_hub(monkeypatch, cache: Path) -> Iterator[HubServer]:
+    """A Hub of this machine that huggingface_hub talks to instead of the real one; waiting between retries is cut."""
+    sleep = time.sleep
+    with HubServer() as server:
+        server.redirect(monkeypatch)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+        yield server

@@ -61,3 +61,10 @@ def curve(trainer: Any, name: str = "loss") -> list[float]:
 
 def adapter_of(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def dpo_flags(start: Path, data: Path, output: Path, *more: str) -> list[str]:
+    """Three steps of a DPO recipe on the CPU."""
+    settings = "--max_steps 3 --learning_rate 1e-2 --logging_steps 1 --lr_scheduler_type constant --lora_r 4".split()
+    settings += ["--use_cpu", "True", "--disable_tqdm", "True"]
+    return ["--model_name_or_path", str(start), "--data", str(data), "--output_dir", str(output), *settings, *more]

@@ -16,6 +16,7 @@ from tests.finetune.lora_fixtures import ListRows, make_adapted, make_picture, s
 from tests.finetune.preferences.preference_fixtures import (
     adapter_of,
     curve,
+    dpo_flags,
     make_picture_pair,
     make_text_pair,
     save_pairs,
@@ -254,29 +255,17 @@ def test_sigma_means_nothing_to_a_flow_head(tmp_path):
 # ---- the command
 
 
+SAVING = ("--save_steps", "1")
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-def flags(start, data, output, *more: str) -> list[str]:
-    settings = [
-        "--max_steps",
-        "3",
-        "--learning_rate",
-        "1e-2",
-        "--logging_steps",
-        "1",
-        "--lr_scheduler_type",
-        "constant",
-    ]
-    settings += ["--use_cpu", "True", "--disable_tqdm", "True", "--lora_r", "4", "--save_steps", "1"]
-    return ["--model_name_or_path", str(start), "--data", str(data), "--output_dir", str(output), *settings, *more]
-
-
 def test_three_steps_of_the_command_leave_an_adapter_that_loads_and_resumes(start, tmp_path):
     data = save_pairs(tmp_path / "data", PAIRS)
-    trainer = main(flags(start, data, tmp_path / "out"))
+    trainer = main(dpo_flags(start, data, tmp_path / "out", *SAVING))
     losses = curve(trainer)
     assert len(losses) == 3 and losses[2] < losses[0]
     record = yaml.safe_load((tmp_path / "out/run.yaml").read_text())
@@ -286,7 +275,7 @@ def test_three_steps_of_the_command_leave_an_adapter_that_loads_and_resumes(star
 
     (tmp_path / "out/run.yaml").unlink()
     (tmp_path / "out/checkpoint-3").rename(tmp_path / "gone")  # as if it had died in step 3
-    resumed = main(flags(start, data, tmp_path / "out"))
+    resumed = main(dpo_flags(start, data, tmp_path / "out", *SAVING))
     assert curve(resumed) == losses
     for name, value in adapter_of(trainer).items():
         assert torch.equal(adapter_of(resumed)[name], value)
@@ -294,7 +283,7 @@ def test_three_steps_of_the_command_leave_an_adapter_that_loads_and_resumes(star
 
 def test_a_dry_run_shows_a_chosen_drawing(start, tmp_path, capsys):
     data = save_pairs(tmp_path / "data", PAIRS)
-    assert main(flags(start, data, tmp_path / "out", "--dry_run", "True")) is None
+    assert main(dpo_flags(start, data, tmp_path / "out", *SAVING, "--dry_run", "True")) is None
     printed = capsys.readouterr().out
     assert "4 (4 draw)" in printed and ">><|gen_start|><|gen_image|> x 4" in printed
 
@@ -309,4 +298,4 @@ def test_a_dry_run_shows_a_chosen_drawing(start, tmp_path, capsys):
 def test_what_cannot_work_stops_before_training(pairs, more, message, start, tmp_path):
     data = save_pairs(tmp_path / "data", pairs)
     with pytest.raises(ValueError, match=message):
-        main(flags(start, data, tmp_path / "out", *more))
+        main(dpo_flags(start, data, tmp_path / "out", *SAVING, *more))

@@ -25,6 +25,7 @@ from tests.finetune.lora_fixtures import (
 from tests.finetune.preferences.preference_fixtures import (
     adapter_of,
     curve,
+    dpo_flags,
     make_picture_pair,
     make_text_pair,
     save_pairs,
@@ -147,25 +148,10 @@ def start(tmp_path_factory):
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-def flags(start, data, output, *more: str) -> list[str]:
-    settings = [
-        "--max_steps",
-        "3",
-        "--learning_rate",
-        "1e-2",
-        "--logging_steps",
-        "1",
-        "--lr_scheduler_type",
-        "constant",
-    ]
-    settings += ["--use_cpu", "True", "--disable_tqdm", "True", "--lora_r", "4"]
-    return ["--model_name_or_path", str(start), "--data", str(data), "--output_dir", str(output), *settings, *more]
-
-
 def test_three_steps_of_the_command_leave_an_adapter_that_loads(start, tmp_path):
     data = save_pairs(tmp_path / "data", PAIRS)
     eval_flags = ("--eval_data", str(data), "--eval_strategy", "steps", "--eval_steps", "3")
-    trainer = main(flags(start, data, tmp_path / "out", "--flavour", "full", *eval_flags))
+    trainer = main(dpo_flags(start, data, tmp_path / "out", "--flavour", "full", *eval_flags))
     losses = curve(trainer)
     assert len(losses) == 3 and losses[2] < losses[0] and curve(trainer, "eval_loss")[-1] < math.log(2)
     folder = tmp_path / "out"
@@ -179,10 +165,10 @@ def test_three_steps_of_the_command_leave_an_adapter_that_loads(start, tmp_path)
 
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(start, tmp_path):
     data = save_pairs(tmp_path / "data", PAIRS)
-    whole = main(flags(start, data, tmp_path / "out", "--save_steps", "2"))
+    whole = main(dpo_flags(start, data, tmp_path / "out", "--save_steps", "2"))
     (tmp_path / "out/run.yaml").unlink()
     (tmp_path / "out/checkpoint-3").rename(tmp_path / "gone")  # as if it had died in step 3
-    resumed = main(flags(start, data, tmp_path / "out", "--save_steps", "2"))
+    resumed = main(dpo_flags(start, data, tmp_path / "out", "--save_steps", "2"))
     assert resumed.state.global_step == 3 and curve(resumed) == curve(whole)
     for name, value in adapter_of(whole).items():
         assert torch.equal(adapter_of(resumed)[name], value)
@@ -191,7 +177,9 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(start, tmp_path):
 def test_a_guard_watches_the_run_and_takes_none_of_its_metrics(start, tmp_path):
     """TRL adds the metrics of the step under way to whatever is logged; a guard logs in the middle of a step."""
     data, watched = save_pairs(tmp_path / "data", PAIRS), save_rows(tmp_path / "watched", make_rows("uu"))
-    trainer = main(flags(start, data, tmp_path / "out", "--guard_understanding", str(watched), "--guard_steps", "1"))
+    trainer = main(
+        dpo_flags(start, data, tmp_path / "out", "--guard_understanding", str(watched), "--guard_steps", "1")
+    )
     assert (tmp_path / "out/guard.json").is_file()
     points = [point for point in trainer.state.log_history if "rewards/margins" in point]
     assert len(points) == 3 and all("loss" in point for point in points)
@@ -199,7 +187,7 @@ def test_a_guard_watches_the_run_and_takes_none_of_its_metrics(start, tmp_path):
 
 def test_a_dry_run_marks_the_chosen_answer(start, tmp_path, capsys):
     data = save_pairs(tmp_path / "data", PAIRS)
-    assert main(flags(start, data, tmp_path / "out", "--dry_run", "True")) is None
+    assert main(dpo_flags(start, data, tmp_path / "out", "--dry_run", "True")) is None
     printed = capsys.readouterr().out
     assert "4 (4 answer)" in printed and ">>red<|eot_id|><<" in printed and not (tmp_path / "out").exists()
 
@@ -216,13 +204,13 @@ def test_a_dry_run_marks_the_chosen_answer(start, tmp_path, capsys):
 def test_settings_that_cannot_work_stop_before_training(more, message, start, tmp_path):
     data = save_pairs(tmp_path / "data", PAIRS)
     with pytest.raises(ValueError, match=message):
-        main(flags(start, data, tmp_path / "out", *more))
+        main(dpo_flags(start, data, tmp_path / "out", *more))
 
 
 def test_pairs_of_pictures_are_sent_to_the_other_recipe(start, tmp_path):
     data = save_pairs(tmp_path / "data", [make_picture_pair(0)])
     with pytest.raises(ValueError, match=r"\{'draw': 1\}. Pairs of pictures need finetune.dpo_generation"):
-        main(flags(start, data, tmp_path / "out"))
+        main(dpo_flags(start, data, tmp_path / "out"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):

@@ -1,7 +1,6 @@
 """`modeling_pisces/checkpoint/files.py` and `modeling_pisces/checkpoint/info.py`: a broken file is named, a good folder is summed up."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -9,21 +8,7 @@ from safetensors.torch import save_file
 
 from modeling_pisces.checkpoint.files import check_checkpoint, find_checkpoint, read_safetensors_header, weight_files
 from modeling_pisces.checkpoint.info import describe_checkpoint, format_checkpoint
-from tests.fixtures import make_model, make_processor
-
-
-@pytest.fixture(scope="module")
-def good_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_model().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(good_folder, tmp_path):
-    """A copy that a test may break."""
-    return shutil.copytree(good_folder, tmp_path / "copy")
+from tests.fixtures import make_model
 
 
 def change_config(folder, **changes):

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 import signal
 
 import pytest
@@ -15,21 +14,6 @@ from modeling_pisces.checkpoint.files import check_checkpoint, read_json, weight
 from modeling_pisces.checkpoint.loading import load_model
 from modeling_pisces.hub.export import export_to_folder
 from pisces_commands.console import main
-from tests.fixtures import make_model, make_processor
-
-
-@pytest.fixture(scope="module")
-def good_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_model().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(good_folder, tmp_path):
-    """A copy that a test may break."""
-    return shutil.copytree(good_folder, tmp_path / "copy")
 
 
 @pytest.fixture(autouse=True)

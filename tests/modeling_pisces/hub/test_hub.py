@@ -5,7 +5,6 @@ The Hub is `tests/hub_server.py`; that an exported folder works without the pack
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from modeling_pisces.hub.checks import check_hub_folder, check_repo_id
 from modeling_pisces.hub.export import AUTO_MAP, export_to_folder, push_folder
 from tests.fixtures import make_model, make_processor
 from tests.hub_folders import CARD, make_pipeline, write_export
-from tests.hub_server import HubServer
+from tests.hub_server import local_hub
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -301,15 +300,8 @@ def test_a_card_written_by_the_export_leaves_the_license_to_its_author(tmp_path)
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub of this machine that huggingface_hub talks to instead of the real one; waiting between retries is cut."""
-    sleep = time.sleep
-    with HubServer() as server:
-        server.redirect(monkeypatch)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
-        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    with local_hub(monkeypatch, tmp_path / "cache") as server:
         yield server
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from transformers import AutoModelForMultimodalLM
 from modeling_pisces.checkpoint.loading import load_model, load_pipeline
 from pisces_commands.console import main
 from tests.checkpoint_folder import write_checkpoint
-from tests.hub_server import HubServer
+from tests.hub_server import local_hub
 
 
 pytest.importorskip("diffusers")
@@ -25,14 +24,8 @@ BASE, MINE = "someone/base", "someone/mine"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    sleep = time.sleep
-    with HubServer() as server:
-        server.redirect(monkeypatch)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", "none")
-        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+    monkeypatch.setenv("HF_TOKEN", "none")
+    with local_hub(monkeypatch, tmp_path / "cache") as server:
         yield server
 
 
