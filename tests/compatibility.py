@@ -3,8 +3,9 @@
     python tests/compatibility.py .venv/bin/python .venv-transformers-5.16.1/bin/python .venv-newest/bin/python
     python tests/compatibility.py --table
 
-`make test-transformers` and `make test-newest` make such environments. A run replaces the entry of the same versions
-of transformers and torch and leaves the others, so the file can be filled one environment at a time.
+`make test-transformers` and `make test-newest` make such environments, `make setup PYTHON=python3.13
+VENV=.venv-python3.13` makes one of another Python. A run replaces the entry of the same versions of transformers, torch
+and Python and leaves the others, so the file can be filled one environment at a time.
 """
 
 import argparse
@@ -42,10 +43,11 @@ def measure(python: str, workers: int, source: str | None) -> dict:
     }
 
 
-def key(run: dict) -> tuple[list[int], list[int]]:
-    """What a run is sorted and replaced by: its versions of transformers and torch, as numbers."""
+def key(run: dict) -> tuple[list[int], ...]:
+    """What a run is sorted and replaced by: its versions of transformers, torch and Python (3.11, not 3.11.7)."""
     numbers = lambda text: [int(part) for part in text.split("+")[0].split(".") if part.isdigit()]  # noqa: E731
-    return numbers(run["versions"]["transformers"]), numbers(run["versions"]["torch"])
+    versions = run["versions"]
+    return numbers(versions["transformers"]), numbers(versions["torch"]), numbers(versions["python"])[:2]
 
 
 def merge(runs: list[dict], new: dict) -> list[dict]:

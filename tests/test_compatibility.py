@@ -13,9 +13,9 @@ from tests import compatibility
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_of(transformers: str, torch: str = "2.13.0+cpu", passed: int = 5, failed: int = 0) -> dict:
+def run_of(transformers: str, torch="2.13.0+cpu", python="3.11.7", passed: int = 5, failed: int = 0) -> dict:
     counts = {"passed": passed, "failed": failed, "skipped": 1}
-    versions = {"python": "3.11.7", "torch": torch, "transformers": transformers}
+    versions = {"python": python, "torch": torch, "transformers": transformers}
     return {"versions": versions, "fast_suite": counts, "mixins": {"passed": 2, "failed": 0, "skipped": 3}}
 
 
@@ -30,6 +30,14 @@ def test_a_run_replaces_its_like_and_leaves_another_torch():
     runs = [run_of("5.24.0", passed=1), run_of("5.24.0", torch="2.15.0", passed=2)]
     runs = compatibility.merge(runs, run_of("5.24.0", torch="2.13.0", passed=3))  # the same release, another build
     assert [(run["versions"]["torch"], run["fast_suite"]["passed"]) for run in runs] == [("2.13.0", 3), ("2.15.0", 2)]
+
+
+def test_another_python_is_another_entry_and_its_next_patch_release_is_not():
+    runs = [run_of("5.24.0"), run_of("5.24.0", python="3.13.0", passed=1)]
+    runs = compatibility.merge(runs, run_of("5.24.0", python="3.10.13", passed=2))
+    runs = compatibility.merge(runs, run_of("5.24.0", python="3.13.4", passed=3))
+    found = [(run["versions"]["python"], run["fast_suite"]["passed"]) for run in runs]
+    assert found == [("3.10.13", 2), ("3.11.7", 5), ("3.13.4", 3)]
 
 
 def test_the_table_has_one_line_per_run_with_its_counts():
