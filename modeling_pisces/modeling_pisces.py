@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -62,6 +63,8 @@ PISCES_QUANT_SKIP_MODULES = ["lm_head", *(f"model.{name}" for name in _NOT_QUANT
 PISCES_PEFT_EXCLUDE_MODULES = (
     r"(.*\.)?(vision_tower|multi_modal_projector|gen_vision_tower|gen_projector|gen_head|lm_head)(\..*)?"
 )
+# Logits of a loss that are held at once: a quarter of a GiB in fp32, 523 tokens of Llama-3.1's vocabulary.
+_MAX_LOGITS = 2**26
 # of `from_pretrained` that also say where generation_config.json lies
 _HUB_OPTIONS = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
 
@@ -697,9 +700,21 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         if count == 0:  # lm_head still takes part, with zero gradient, for the ranks that do have text
             total = 0.0 * self.lm_head(hidden[:1, :1]).float().sum()
             return {"text_loss": None, "text_loss_sum": total, "num_text_tokens": count}
-        logits = self.score_tokens(hidden[is_text])  # (labelled tokens, vocabulary)
-        total = nn.functional.cross_entropy(logits.float(), targets[is_text], reduction="sum")
+        total = self._token_loss_sum(hidden[is_text], targets[is_text])
         return {"text_loss": total / count, "text_loss_sum": total, "num_text_tokens": count}
+
+    def _token_loss_sum(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum of the cross entropies of (L, D) states; above `_MAX_LOGITS` in parts, none of whose logits is kept."""
+
+        def loss_of(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.score_tokens(hidden).float(), targets, reduction="sum")
+
+        size = max(1, _MAX_LOGITS // self.config.text_config.vocab_size)
+        if len(hidden) <= size:
+            return loss_of(hidden, targets)
+        # backward computes the logits of a part again: one more pass of `lm_head`, a tenth of their memory and less
+        parts = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.stack([checkpoint(loss_of, *part, use_reentrant=False) for part in parts]).sum()
 
     def _image_loss(self, hidden: torch.Tensor, targets: torch.Tensor, outputs: PiscesModelOutputWithPast) -> dict:
         vectors, mask = outputs.gen_image_vectors, outputs.gen_image_mask
