@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import re
+import string
 import subprocess
 import sys
 from pathlib import Path
@@ -138,10 +139,15 @@ def plain_differences(entries: list[dict[str, Any]]) -> list[str]:
 def table(resolution: dict[str, Any]) -> str:
     """Markdown: one line per Python and set of platforms with everything installed, then what differs or fails."""
     entries = [entry for entry in resolution["entries"] if entry["extra"] == EXTRAS[-1]]
-    lines = ["| " + " | ".join(("Python", "platforms", *SHOWN)) + " |", "|" + "---|" * (len(SHOWN) + 2)]
+    lines = ["| " + " | ".join(("Python", "on", *SHOWN)) + " |", "|" + "---|" * (len(SHOWN) + 2)]
+    groups: list[str] = []  # their names are too long for a cell, so each group has a letter
     for python, platforms, versions in same_versions([entry for entry in entries if entry["versions"]]):
-        lines.append("| " + " | ".join((python, ", ".join(platforms), *(versions[name] for name in SHOWN))) + " |")
-    notes = plain_differences(resolution["entries"])
+        if (names := ", ".join(platforms)) not in groups:
+            groups.append(names)
+        letter = string.ascii_lowercase[groups.index(names)]
+        lines.append("| " + " | ".join((python, letter, *(versions[name] for name in SHOWN))) + " |")
+    notes = [f"{letter} is {names}." for letter, names in zip(string.ascii_lowercase, groups, strict=False)]
+    notes += plain_differences(resolution["entries"])
     for platform in PLATFORMS:
         failed = [entry for entry in entries if entry["platform"] == platform and not entry["versions"]]
         if failed:

@@ -120,10 +120,8 @@ def test_platforms_that_resolve_alike_share_a_row_and_the_others_get_their_own()
         entry_of("3.10", "Windows x86_64", torch="2.0"),
     ]
     lines = resolution.table({"entries": entries, "date": "2026-11-29"}).splitlines()
-    assert [line.split(" | ")[1:3] for line in lines[2:4]] == [
-        ["Linux x86_64, Linux ARM", "1.0"],
-        ["Windows x86_64", "2.0"],
-    ]
+    assert [line.split(" | ")[1:3] for line in lines[2:4]] == [["a", "1.0"], ["b", "2.0"]]
+    assert lines[5:7] == ["a is Linux x86_64, Linux ARM.", "b is Windows x86_64."]
 
 
 def test_what_differs_without_extras_and_what_fails_is_said_below_the_table():
@@ -137,6 +135,7 @@ def test_what_differs_without_extras_and_what_fails_is_said_below_the_table():
     entries = [entry_of("3.10", "Linux x86_64"), entry_of("3.10", "Linux x86_64", extra="", numpy="2.0"), failed]
     notes = resolution.table({"entries": entries, "date": "2026-11-29"}).splitlines()[4:]
     assert notes == [
+        "a is Linux x86_64.",
         "On Python 3.10 a plain `pip install .` takes numpy 2.0.",
         "Not on macOS 14 x86_64 (Python 3.10): torch has no wheels for it.",
         "Releases up to 2026-11-29.",
