@@ -116,27 +116,26 @@ def markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}: begin, written by {WRITER} -->", f"<!-- {name}: end -->"
 
 
-def cell(arm: dict[str, Any], metric: str) -> str:
-    """`0.690 ± 0.020`, and against the base `-0.022 (-0.050 to 0.006)`, bold where the interval is clear of zero."""
-    if metric not in arm:
-        return ""
-    text = f"{arm[metric]['mean']:.3f} ± {arm[metric]['sd']:.3f}"
+def metric_row(arm: dict[str, Any], metric: str) -> tuple[str, str]:
+    """`0.690 ± 0.020`, and against the base `-0.022 (-0.050 to +0.006)`, bold where the interval is clear of zero."""
+    value = f"{arm[metric]['mean']:.3f} ± {arm[metric]['sd']:.3f}"
     if (found := arm["difference"].get(metric)) is None:
-        return text
+        return value, ""
     mark = "**" if found["low"] > 0 or found["high"] < 0 else ""
-    return f"{text}; {mark}{found['mean']:+.3f}{mark} ({found['low']:+.3f} to {found['high']:+.3f})"
+    return value, f"{mark}{found['mean']:+.3f}{mark} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
 def question_section(results: dict[str, Any], name: str) -> str:
-    """The table and the plot of one question."""
-    question, rows = QUESTIONS[name], []
-    for arm in ("base", *question.arms):
-        found = results["arms"][arm]
-        label = question.base if arm == "base" else ARMS[arm].label
-        ceiling = found["ceiling"]
-        limits = "" if "objects" not in found else f"{ceiling['objects']:.3f}, {ceiling['whole']:.3f}"
-        rows.append((label, *(cell(found, metric) for metric in METRICS), limits))
-    header = ("arm", *(words for words, _ in METRICS.values()), "reader's ceiling: objects, whole")
+    """The table and the plot of one question: every metric of the base, and below it of the arms that have it."""
+    question, arms, rows = QUESTIONS[name], results["arms"], []
+    labels = {"base": question.base} | {arm: ARMS[arm].label for arm in question.arms}
+    for metric, (words, _) in METRICS.items():
+        for arm in (arm for arm in labels if metric in arms[arm]):
+            rows.append(("" if arm != "base" else words, labels[arm], *metric_row(arms[arm], metric)))
+    for arm in (arm for arm in labels if "objects" in arms[arm]):
+        limits = ", ".join(f"{arms[arm]['ceiling'][part]:.3f}" for part in ("objects", "whole"))
+        rows.append(("" if arm != "base" else "reader's ceiling: objects, whole", labels[arm], limits, ""))
+    header = ("measured", "arm", "mean ± deviation", "difference to the first, 95 % interval")
     return f"{table(header, rows)}\n\n![{question.title}](study_{name}.png)"
 
 

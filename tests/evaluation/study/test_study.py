@@ -218,15 +218,20 @@ def fake_results() -> dict:
     }
 
 
-def test_a_clear_difference_is_bold_and_an_absent_side_stays_empty():
+def test_a_clear_difference_is_bold_and_an_absent_side_has_no_row():
     results = fake_results()
     section = report.question_section(results, "joint")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
-    assert rows[2][:2] == ["both sides together", "0.301 ± 0.001"] and rows[2][-1] == "0.987, 0.954"
-    assert rows[3] == ["understanding alone", "0.331 ± 0.001; **+0.030** (+0.030 to +0.030)", "", "", "", "", ""]
-    assert rows[4][1] == "" and rows[4][2].startswith("0.341 ± 0.001; **+0.040**")
+    assert rows[2] == ["questions answered", "both sides together", "0.301 ± 0.001", ""]
+    assert rows[3] == ["", "understanding alone", "0.331 ± 0.001", "**+0.030** (+0.030 to +0.030)"]
+    assert rows[4][:2] == ["objects drawn, short captions", "both sides together"]  # a model that only draws has no row
+    assert rows[5] == ["", "generation alone", "0.341 ± 0.001", "**+0.040** (+0.040 to +0.040)"]
+    assert rows[-2:] == [
+        ["reader's ceiling: objects, whole", "both sides together", "0.987, 0.954", ""],
+        ["", "generation alone", "0.987, 0.954", ""],
+    ]
     results["arms"]["cosine"]["difference"]["objects"] = {"mean": 0.05, "low": -0.01, "high": 0.11}
-    assert "+0.050 (-0.010 to +0.110)" in report.question_section(results, "loss")
+    assert "| +0.050 (-0.010 to +0.110) |" in report.question_section(results, "loss")
 
 
 def test_a_page_that_says_something_else_is_named(tmp_path):
