@@ -74,6 +74,7 @@ def run(step: str, command: str, done: Path, times: dict[str, Any]) -> None:
 
 def make_rows(pictures: Path | None, work: Path, count: int) -> tuple[dict[str, Path], list[tuple[str, Path]]]:
     """Training files by recipe, and captions with their pictures that are in none of them."""
+    work.mkdir(parents=True, exist_ok=True)
     if pictures is None:
         pictures = work / "scenes"
         if not (pictures / "metadata.jsonl").is_file():
@@ -241,7 +242,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="JSON file to write")
     options = parser.parse_args(arguments)
     work = options.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
     options.language_model = str(Path(options.language_model).resolve())
     options.towers = str(Path(options.towers).resolve())
     times: dict[str, Any] = {}

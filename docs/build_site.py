@@ -5,12 +5,13 @@ pictures come along, and links to code become plain words, since the site has no
 the build, so a link to a page or a heading that is not there cannot get in.
 """
 
-import argparse
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from pisces_commands.arguments import LineParser
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +111,7 @@ def table_of_contents() -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python docs/build_site.py", description=__doc__)
+    parser = LineParser(prog="python docs/build_site.py", description=__doc__)
     parser.add_argument("--output", default="build/site", metavar="FOLDER", help="folder of the site (build/site)")
     output = Path(parser.parse_args(arguments).output).resolve()
     pages = output.with_name(output.name + "_pages")

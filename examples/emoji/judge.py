@@ -41,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder of the judge")
     parser.add_argument("--epochs", type=COUNT, default=30, help="times that each picture is seen")
     parser.add_argument("--batch_size", type=COUNT, default=64, help="pictures per step")
-    parser.add_argument("--learning_rate", type=finite_number(above=0), default=3e-3, help="peak, then down to 0")
+    parser.add_argument(
+        "--learning_rate", type=finite_number(above=0, most=100), default=3e-3, help="peak, then down to 0"
+    )
     parser.add_argument("--seed", type=SEED, default=0, help="of weights, order and changes")
     parser.add_argument(
         "--bf16",

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+from pisces_commands.console import build_parser
+
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -34,12 +36,32 @@ class Command(NamedTuple):
     arguments: str
     step: str
     main: str = "main"
+    stand_in: str = ""  # what stands before the step and reads a folder that is not there
 
 
 _LORA = "--model_name_or_path {d}/model --data {d}/data.jsonl --output_dir {d}/out"
 _RUN = "--data {d}/data --output {d}/out"
 _CONVERT = "--output {d}/out"
 _BENCHMARK = "--output {d}/out.json"
+_CURATE = "--index {d}/index"
+_INDEX = {"stand_in": "Index"}
+
+
+def _console_commands() -> Iterator[Command]:
+    """Every sub-command of `pisces`: what it must have is a name in the empty folder, so it ends for want of it."""
+    (choices,) = (a.choices for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for name, parser in choices.items():
+        words = [name]
+        for action in parser._actions:
+            if action.required:
+                value = "me/mine" if action.dest == "repo" else f"{{d}}/{action.dest}"
+                words += [*action.option_strings[-1:], value]
+        if any(action.dest == "model" for action in parser._actions) and "--model" not in words:
+            words += ["--model", "{d}/model"]
+        if any(action.dest == "output" for action in parser._actions) and "--output" not in words:
+            words += ["--output", "{d}/out"]
+        yield Command("pisces_commands.console", " ".join(words), "")
+
 
 COMMANDS = (
     Command("finetune.lora_understanding", _LORA, "load_checkpoint"),
@@ -125,11 +147,27 @@ COMMANDS = (
     Command("benchmarks.new_concept", "--model {d}/a --work {d}/work " + _BENCHMARK, "measure"),
     Command("benchmarks.image_generation", _BENCHMARK, "make_models"),
     Command("demo.run_demo", "--model {d}/a --output {d}/out", "show"),
-    Command("pisces_commands.console", "describe {d}/a.png --model {d}/model", ""),
-    Command("pisces_commands.console", "draw words --model {d}/model --output {d}/out", ""),
-    Command("pisces_commands.console", "edit {d}/a.png words --model {d}/model --output {d}/out", ""),
-    Command("pisces_commands.console", "reconstruct {d}/a.png --model {d}/model --output {d}/out", ""),
-    Command("pisces_commands.console", "info --model {d}/model", ""),
+    Command("curation.scan", f"--data {ROOT}/examples/images --index {{d}}/index", "run_scan"),
+    Command("curation.filter", _CURATE + " --config {root}/curation/configs/drawing.yaml", "run_filter", **_INDEX),
+    Command("curation.dedup", _CURATE, "run_dedup", **_INDEX),
+    Command("curation.contamination", _CURATE + " --prompts {d}/p.txt", "run_contamination", **_INDEX),
+    Command("curation.caption", _CURATE + " --model {d}/model", "run_captions", **_INDEX),
+    Command("curation.balance", _CURATE + " --by source --cap 3", "run_balance", **_INDEX),
+    Command("curation.export", _CURATE + " --output {d}/out", "run_export", **_INDEX),
+    Command("curation.report", _CURATE, "Report", **_INDEX),
+    Command(
+        "curation.run",
+        "--config {root}/curation/configs/drawing.yaml --data {root}/examples/images --output {d}/out",
+        "run_all",
+    ),
+    Command("finetune.scenes.edits", "--output {d}/out", "write_edits"),
+    Command("examples.emoji.make_data", "--source {d}/packages --output {d}/out", "write_data"),
+    Command("examples.emoji.contact_sheet", "--data {d}/data --output {d}/out.png", "make_sheet"),
+    Command("examples.emoji.judge", "--data {d}/data --output {d}/out", "run"),
+    Command("examples.emoji.evaluate", "--model {d}/a --data {d}/b --judge {d}/c --output {d}/out.json", "evaluate"),
+    Command("benchmarks.curation", "--part faults " + _BENCHMARK, "measure_faults"),
+    Command("benchmarks.real_parts", "--language_model {d}/a.gguf --work {d} " + _BENCHMARK, "make_rows"),
+    *_console_commands(),
 )
 
 # The eight kinds; {d} as above
@@ -226,13 +264,15 @@ def run(command: Command, words: list[str], folder: str) -> Outcome:
 
     before, here = set(os.listdir(folder)), os.getcwd()
     os.chdir(folder)
-    step = mock.patch.object(module, command.step, _Stop()) if command.step else contextlib.nullcontext()
+    replaced: dict[str, Any] = {command.step: _Stop()} if command.step else {}
+    if command.stand_in:
+        replaced[command.stand_in] = mock.MagicMock()
     environment = dict(os.environ)
     with (
         contextlib.redirect_stderr(errors),
         contextlib.redirect_stdout(io.StringIO()),
         warnings.catch_warnings(),
-        step,
+        mock.patch.multiple(module, **replaced) if replaced else contextlib.nullcontext(),
     ):
         warnings.simplefilter("ignore")
         try:

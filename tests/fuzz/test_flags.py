@@ -1,10 +1,12 @@
 """Claims of `tests.fuzz.flags` on a sample; the whole run is `python -m tests.fuzz.flags`."""
 
+import importlib
 import random
 
 import pytest
 
-from tests.fuzz.flags import COMMANDS, VALUES, flags_of, is_number, run, try_case, words_of
+from tests.fuzz.flags import COMMANDS, ROOT, VALUES, flags_of, is_number, run, try_case, words_of
+from tests.test_project import doors
 
 
 CHEAP = [command for command in COMMANDS if not command.module.startswith("benchmarks")]
@@ -25,6 +27,16 @@ def test_the_arguments_that_cases_start_from_are_right(tmp_path):
         if command.step:
             outcome = run(command, words_of(command, str(tmp_path)), str(tmp_path))
             assert outcome.code is None, (command, outcome)
+
+
+@pytest.mark.parametrize("room", ["conversion", "curation", "evaluation", "finetune"])
+def test_every_command_at_a_door_is_tried(room):
+    tried = {command.module for command in COMMANDS}
+    for path in doors(room):
+        if path.stem == "torchumm":  # hands its words to TorchUMM
+            continue
+        module = importlib.import_module(f"{room}.{path.stem}")
+        assert {module.__name__, module.main.__module__} & tried, path.relative_to(ROOT)
 
 
 LORA = next(command for command in COMMANDS if command.module == "finetune.lora_generation")
