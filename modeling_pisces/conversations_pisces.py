@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, models
 from transformers.tokenization_utils_base import BatchEncoding
+from transformers.utils.generic import TensorType
 
 from .image_loading_pisces import DEFAULT_MAX_PIXELS, decode_base64, one_line
 
@@ -115,7 +116,10 @@ def as_dict(value: Any) -> Any:
 def _message(message: Any, where: str) -> dict:
     message = as_dict(message)
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{where}: a message is a dict with a role and a content, not {one_line(repr(message), 80)}.")
+        raise ValueError(
+            f"{where}: a message is a dict with a role and a content, not {one_line(repr(message), 80)}. Write "
+            '{"role": "user", "content": "..."}.'
+        )
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content", "")
     if isinstance(content, (list, tuple)):
@@ -298,6 +302,9 @@ def call_setting(kwargs: dict, name: str) -> Any:
     return next((place[name] for place in places if place.get(name) is not None), None)
 
 
+_FRAMEWORKS = tuple(kind.value for kind in TensorType)
+
+
 def check_settings(kwargs: dict) -> None:
     """Refuse settings of one call that have the wrong form or that only `apply_chat_template` can follow."""
     for name, value in kwargs.items():
@@ -306,6 +313,9 @@ def check_settings(kwargs: dict) -> None:
     length = call_setting(kwargs, "max_length")
     if length is not None and (not isinstance(length, int) or length < 1):
         raise ValueError(f"max_length={one_line(repr(length), 40)}: expected a whole number from 1.")
+    framework = call_setting(kwargs, "return_tensors")
+    if framework is not None and (not isinstance(framework, str) or framework not in _FRAMEWORKS):
+        raise ValueError(f"return_tensors={one_line(repr(framework), 40)}: expected one of {', '.join(_FRAMEWORKS)}.")
     if call_setting(kwargs, "sanitize_control_tokens"):
         raise ValueError(
             "sanitize_control_tokens belongs to apply_chat_template: a finished prompt does not say which of its "

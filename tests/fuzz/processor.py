@@ -1,6 +1,7 @@
 """Cases for `PiscesProcessor`: conversations with typed control tokens, malformed ones, raw prompts, odd settings."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from PIL import Image
 from conversion.assembly.chat_formats import make_chat_template
 from modeling_pisces import PiscesProcessor
 from tests.fixtures import make_processor, make_tokenizer
-from tests.fuzz.outcomes import Refusable, Wrong
+from tests.fuzz.outcomes import Case, Wrong
 
 
+SURFACE = "processor"
 FAMILIES = {
     "llama3": [],
     "chatml": ["<|im_start|>", "<|im_end|>"],
@@ -70,7 +72,11 @@ def make_family(name: str) -> PiscesProcessor:
     return PiscesProcessor(*parts, num_image_tokens=9, num_gen_image_tokens=4)
 
 
-def make_case(random: Generator) -> Refusable:
+def cases(seed: int) -> Iterator[Case]:
+    yield make_case(np.random.default_rng(seed))
+
+
+def make_case(random: Generator) -> Case:
     makers = [typed_chat, typed_chat, typed_chat, malformed_chat, raw_prompt, raw_prompt]
     return makers[random.integers(len(makers))](random)
 
@@ -108,7 +114,7 @@ def _content(random: Generator, tokens: list[str]) -> tuple[str | list, str, int
     return parts, "".join(texts), num_pictures
 
 
-def typed_chat(random: Generator) -> Refusable:
+def typed_chat(random: Generator) -> Case:
     """Turns of any text: refused exactly if a turn's joined text holds a control token, right if read as plain text."""
     family = str(random.choice(list(FAMILIES)))
     processor = make_family(family)
@@ -134,7 +140,7 @@ def typed_chat(random: Generator) -> Refusable:
         _compare(processor, rows, inputs, expected, settings)
 
     name = f"chat {family} {'plain text' if settings['sanitize_control_tokens'] else 'refusing'}"
-    return Refusable(name, check, must=has_token and not settings["sanitize_control_tokens"])
+    return Case(name, check, must=has_token and not settings["sanitize_control_tokens"])
 
 
 def _holds_token(processor: PiscesProcessor, text: str) -> bool:
@@ -176,7 +182,7 @@ def _compare(processor: PiscesProcessor, rows: list, inputs: Any, expected: Any,
             raise Wrong(f"{len(inputs.get(key, []))} {key} for {number} pictures")
 
 
-def malformed_chat(random: Generator) -> Refusable:
+def malformed_chat(random: Generator) -> Case:
     """A chat with one of its nodes exchanged for something else."""
     processor = make_family(str(random.choice(list(FAMILIES))))
     chat = [{"role": role, "content": _content(random, ["a word"])[0]} for role in ("user", "assistant", "user")]
@@ -201,10 +207,10 @@ def malformed_chat(random: Generator) -> Refusable:
         if tokenize and "input_ids" not in outputs:
             raise Wrong("no ids")
 
-    return Refusable("malformed chat", check)
+    return Case("malformed chat", check)
 
 
-def raw_prompt(random: Generator) -> Refusable:
+def raw_prompt(random: Generator) -> Case:
     """Prompts as they are, pictures in every form, settings that may make no sense."""
     processor = make_family("llama3")
     num_rows = int(random.integers(1, 4))
@@ -232,7 +238,7 @@ def raw_prompt(random: Generator) -> Refusable:
             if settings["return_tensors"] == "pt" and not isinstance(outputs["input_ids"], torch.Tensor):
                 raise Wrong("no tensor")
 
-    return Refusable("raw prompt" if is_right else "spoiled prompt", check, must=False if is_right else None)
+    return Case("raw prompt" if is_right else "spoiled prompt", check, must=False if is_right else None)
 
 
 def _spoil(random: Generator, texts: list, pictures: list) -> tuple[Any, Any]:
