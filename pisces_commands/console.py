@@ -28,6 +28,7 @@ examples:
   pisces reconstruct photo.png --output photo_again.png
   pisces info ./{DEFAULT_MODEL} --json
   pisces push runs/mine --repo me/my-emoji --license cc-by-4.0
+  pisces serve --port 8000
 
 checkpoints:
   --model takes a folder or a Hub id (owner/name). Without it the folder ./{DEFAULT_MODEL} is used.
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reconstruct(commands)
     _add_info(commands)
     _add_push(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -218,6 +220,12 @@ def _add_push(commands) -> None:
     parser.add_argument("--verbose", action="store_true", help="show library messages, and the traceback of an error")
 
 
+def _add_serve(commands) -> None:
+    from pisces_serving.flags import add_serve
+
+    add_serve(commands, _HelpFormatter)
+
+
 def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=COUNT, help="denoising steps (default: the pipeline's)")
     parser.add_argument(
@@ -262,6 +270,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command == "serve":  # the process that serves reads the heavy libraries; this one watches it
+        from pisces_serving.supervisor import serve
+
+        return serve(args)
     try:
         from modeling_pisces.console.commands import run_command
     except ImportError as error:

@@ -9,8 +9,8 @@ result to `attach_adapters`. Nothing here trains or merges.
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +134,49 @@ class AttachedAdapters:
                 self.pipeline.enable_lora()
 
 
+class AdapterChoices:
+    """Adapters on a loaded model of which one acts at a time, or none.
+
+    Args:
+        places: name -> what its sides are called in PEFT and in the pipeline; None for a side that it lacks.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[str | None, str | None]], peft_model: Any, pipeline: Any):
+        self.places, self.peft_model, self.pipeline = places, peft_model, pipeline
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[None]:
+        """Inside the block the adapter of this name acts; None is the base."""
+        for_model, for_decoder = (None, None) if name is None else self.places[name]
+        if self.pipeline is not None:
+            if for_decoder is None:
+                self.pipeline.disable_lora()
+            else:
+                self.pipeline.enable_lora()
+                self.pipeline.set_adapters([for_decoder])
+        if for_model is not None:
+            self.peft_model.set_adapter(for_model)
+        with nullcontext() if self.peft_model is None or for_model else self.peft_model.disable_adapter():
+            yield
+
+
+def attach_choices(adapters: Mapping[str, Adapter], model: Any, pipeline: Any = None) -> AdapterChoices:
+    """Put adapters on a model to choose from; arguments and errors as those of `attach_adapters`.
+
+    Args:
+        adapters: name -> adapter. None of them acts before `use`.
+    """
+    for_model = [adapter for adapter in adapters.values() if "language model" in adapter.sides]
+    for_decoder = [a for a in adapters.values() if "decoder" in a.sides and pipeline is not None]
+    peft_model = _attach_to_model(for_model, model, together=False) if for_model else None
+    _attach_to_decoder(for_decoder, pipeline)
+    places = {
+        name: tuple(f"adapter_{side.index(adapter)}" if adapter in side else None for side in (for_model, for_decoder))
+        for name, adapter in adapters.items()
+    }
+    return AdapterChoices(places, peft_model, pipeline if for_decoder else None)
+
+
 def attach_adapters(adapters: Sequence[Adapter], model: Any, pipeline: Any = None) -> AttachedAdapters:
     """Put adapters on a model, and on the pipeline around it where they have a part for the decoder.
 
@@ -156,14 +199,19 @@ def attach_adapters(adapters: Sequence[Adapter], model: Any, pipeline: Any = Non
                 f"warning: the decoder's part of {adapter.name} has no effect here: nothing is drawn", file=sys.stderr
             )
         return AttachedAdapters(peft_model)
-    names = []
-    for number, adapter in enumerate(for_decoder):
-        names.append(f"adapter_{number}")
-        with _peft_warnings():
-            pipeline.load_lora_weights(adapter.folder, adapter_name=names[-1], weight_name=DECODER_WEIGHTS)
+    names = _attach_to_decoder(for_decoder, pipeline)
     if names:
         pipeline.set_adapters(names)
     return AttachedAdapters(peft_model, pipeline if names else None)
+
+
+def _attach_to_decoder(adapters: Sequence[Adapter], pipeline: Any) -> list[str]:
+    names = []
+    for number, adapter in enumerate(adapters):
+        names.append(f"adapter_{number}")
+        with _peft_warnings():
+            pipeline.load_lora_weights(adapter.folder, adapter_name=names[-1], weight_name=DECODER_WEIGHTS)
+    return names
 
 
 def _warn(message: str) -> None:
@@ -178,7 +226,7 @@ def _peft_warnings() -> Iterator[list[warnings.WarningMessage]]:
         yield caught
 
 
-def _attach_to_model(adapters: Sequence[Adapter], model: Any) -> Any:
+def _attach_to_model(adapters: Sequence[Adapter], model: Any, together: bool = True) -> Any:
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -205,7 +253,7 @@ def _attach_to_model(adapters: Sequence[Adapter], model: Any) -> Any:
                 f"{adapter.base or 'another base'}; give that one with --model."
             ) from error
     assert peft_model is not None, "called with at least one adapter"
-    if len(names) > 1:
+    if len(names) > 1 and together:
         try:
             peft_model.base_model.set_adapter(names)
         except (ValueError, TypeError) as error:
