@@ -65,7 +65,8 @@ class Uvicorn(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, served: Server):
         super().__init__(config)
-        self.served, self.loop = served, None
+        self.served = served
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
@@ -80,11 +81,11 @@ class Uvicorn(uvicorn.Server):
         """From any thread, and from a signal: locks are taken later, by the event loop."""
         self.should_exit = True
         if self.loop is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._close)
+            self.loop.call_soon_threadsafe(self._close, self.loop)
 
-    def _close(self) -> None:
+    def _close(self, loop: asyncio.AbstractEventLoop) -> None:
         self.served.batcher.close()
-        self.loop.call_later(self.served.settings.grace_s, self.served.batcher.give_up)
+        loop.call_later(self.served.settings.grace_s, self.served.batcher.give_up)
 
 
 def run(settings: Settings) -> None:

@@ -61,7 +61,7 @@ def _add_gets(app: FastAPI, server: Server) -> None:
     async def models() -> Any:
         return {"object": "list", "data": [card(name) for name in server.models]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Any:
         return card(server.find_model(name)[0])
 

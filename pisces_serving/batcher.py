@@ -29,13 +29,17 @@ class Job:
         key: jobs of equal keys may run together.
         num_rows: how many rows of a batch it fills.
         work: what to do, as the worker's function for this endpoint reads it.
-        tell: called from the worker's thread with ("piece" | "done" | "error", value).
+        send: called from any thread with ("piece" | "done" | "error", value), until the job is cancelled.
     """
 
-    def __init__(self, key: Key, num_rows: int, work: Any, tell: Callable[[str, Any], None]):
-        self.key, self.num_rows, self.work, self.tell = key, num_rows, work, tell
+    def __init__(self, key: Key, num_rows: int, work: Any, send: Callable[[str, Any], None]):
+        self.key, self.num_rows, self.work, self.send = key, num_rows, work, send
         self.since = time.monotonic()
         self.is_cancelled = False  # nobody waits for the answer any more; set once, read in both threads
+
+    def tell(self, kind: str, value: Any) -> None:
+        if not self.is_cancelled:
+            self.send(kind, value)
 
     def cancel(self) -> None:
         self.is_cancelled = True

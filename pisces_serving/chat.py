@@ -232,8 +232,7 @@ async def _stream(
     except Gone:
         return
     finally:
-        if ticket.gone is None or not ticket.gone.cancelled():
-            ticket.drop()
+        ticket.drop()
 
 
 def _unsaid(parts: list[Any], said: str) -> list[Any]:

@@ -8,6 +8,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,11 +179,14 @@ class Ticket:
         self.request, self.server = request, server
         self.events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
-        def tell(kind: str, value: Any) -> None:
-            if not self.job.is_cancelled and not loop.is_closed():
-                loop.call_soon_threadsafe(self.events.put_nowait, (kind, value))
+        put = self.events.put_nowait  # no reference to self: a cycle would keep the pictures of a request for long
 
-        self.job = Job(key, num_rows, work, tell)
+        def send(kind: str, value: Any) -> None:
+            with suppress(RuntimeError):  # the loop has been closed, and nobody listens
+                loop.call_soon_threadsafe(put, (kind, value))
+
+        self.job = Job(key, num_rows, work, send)
+        self.is_done = False
         self.ends = time.monotonic() + server.settings.deadline_s
         self.gone: asyncio.Task | None = None
         server.batcher.submit(self.job)
@@ -213,7 +217,8 @@ class Ticket:
             self.drop()
             raise value
         if kind == "done":
-            self.close()
+            self.is_done = True
+            self._stop_watching()
         return kind, value
 
     async def result(self) -> Any:
@@ -232,12 +237,13 @@ class Ticket:
             yield kind, value
 
     def drop(self) -> None:
-        if not self.job.is_cancelled:
+        """Nobody waits any more; nothing where the job is done."""
+        if not self.is_done and not self.job.is_cancelled:
             self.job.cancel()
             self.server.worker.metrics.dropped.inc()
-        self.close()
+        self._stop_watching()
 
-    def close(self) -> None:
+    def _stop_watching(self) -> None:
         if self.gone is not None:
             self.gone.cancel()
 

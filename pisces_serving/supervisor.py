@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ NEEDED = {
 }
 READY = "ready"  # the child's one line on standard output
 MOST_RESTARTS, WITHIN_S = 5, 300
+KILL_AFTER_S = 15  # beyond the grace of running requests
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -67,6 +69,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 class Supervisor:
     """One listening socket and one child after the other."""
+
+    command = (sys.executable, "-m", "pisces_serving")
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -106,13 +110,15 @@ class Supervisor:
         if not is_posix:
             self.listener.close()  # the child opens it itself
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "pisces_serving"],
+            self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             **options,
         )
         assert self.child.stdin and self.child.stdout
+        if self.asked_to_end is not None:  # between the last child and this one
+            self.child.terminate()
         was_ready = False
         try:
             self.child.stdin.write(json.dumps(settings) + "\n")
@@ -135,6 +141,9 @@ class Supervisor:
         self.asked_to_end = self.asked_to_end or number
         if self.child is not None and self.child.poll() is None:
             self.child.terminate()
+            killer = threading.Timer(self.settings.grace_s + KILL_AFTER_S, self.child.kill)
+            killer.daemon = True
+            killer.start()
 
     def _say(self, words: str) -> int:
         print(f"pisces: {words}", file=sys.stderr, flush=True)

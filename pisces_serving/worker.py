@@ -106,15 +106,14 @@ class Worker(threading.Thread):
 
     def load(self) -> None:
         settings = self.settings
-        loader = load_pipeline if self.can_draw else load_model
-        loaded = loader(self.folder, settings.device, settings.dtype, settings.trust_remote_code)
+        how = (self.folder, settings.device, settings.dtype, settings.trust_remote_code)
+        self.pipeline: Any = None
         if self.can_draw:
-            self.pipeline = loaded
+            self.pipeline = load_pipeline(*how)
             self.pipeline.set_progress_bar_config(disable=True)
-            self.model, self.processor = loaded.vision_language_model, loaded.processor
+            self.model, self.processor = self.pipeline.vision_language_model, self.pipeline.processor
         else:
-            self.pipeline = None
-            self.model, self.processor = loaded
+            self.model, self.processor = load_model(*how)
         self.choices = attach_choices(self.adapters, self.model, self.pipeline)
 
     def warm_up(self) -> None:
@@ -154,16 +153,13 @@ class Worker(threading.Thread):
             return run[jobs[0].key.endpoint](jobs)
 
     def _chats(self, jobs: list[Job]) -> list[Any]:
-        answers = []
-        for job in jobs:
+        return [self._chat(job) for job in jobs]
 
-            def say(piece: str, job: Job = job) -> None:
-                job.tell("piece", piece)
-
-            answers.append(self._write(job.work, say, lambda job=job: job.is_cancelled))
-            self.metrics.tokens.labels("prompt").inc(answers[-1].num_prompt_tokens)
-            self.metrics.tokens.labels("answer").inc(answers[-1].num_new_tokens)
-        return answers
+    def _chat(self, job: Job) -> Any:
+        answer = self._write(job.work, lambda piece: job.tell("piece", piece), lambda: job.is_cancelled)
+        self.metrics.tokens.labels("prompt").inc(answer.num_prompt_tokens)
+        self.metrics.tokens.labels("answer").inc(answer.num_new_tokens)
+        return answer
 
     def _write(self, chat: Chat, say: Callable[[str], Any], is_gone: Callable[[], bool]) -> Any:
         limits = self.settings
@@ -187,6 +183,7 @@ class Worker(threading.Thread):
 
     def _draw(self, jobs: list[Job]) -> list[list[Any]]:
         """Pictures for each job, all its seeds; at most `max_batch` rows at once."""
+        self._check_negative(jobs[0].key.shape)
         rows = [(job.work, seed) for job in jobs for seed in job.work.seeds]
         images: list[Any] = []
         for start in range(0, len(rows), self.settings.max_batch):
@@ -197,6 +194,17 @@ class Worker(threading.Thread):
             results.append(images[place : place + len(job.work.seeds)])
             place += len(job.work.seeds)
         return results
+
+    def _check_negative(self, shape: Any) -> None:
+        guidance = shape.guidance_scale
+        if guidance is None:
+            guidance = self.pipeline.config.default_guidance_scale
+        if shape.has_negative and guidance <= 1:
+            raise ApiError(
+                f"negative_prompt means nothing at guidance_scale {guidance:g}. Send a guidance_scale above 1, or "
+                "leave it out.",
+                param="negative_prompt",
+            )
 
     def _draw_rows(self, rows: list[tuple[Drawing, int]], jobs: list[Job]) -> list[Any]:
         shape: Any = jobs[0].key.shape

@@ -413,7 +413,7 @@ def test_wheel_holds_only_the_package_and_works_in_an_empty_environment(tmp_path
     """Installed next to nothing but its dependencies, whose folder the new environment borrows from this one."""
     run = lambda *command: subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
     source = tmp_path / "source"  # a copy: building leaves folders beside what it builds
-    for name in ("modeling_pisces", GROUND):
+    for name in ("modeling_pisces", GROUND, "pisces_serving"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "pisces_vllm_plugin.py"):
         shutil.copy(ROOT / name, source)
@@ -426,6 +426,7 @@ def test_wheel_holds_only_the_package_and_works_in_an_empty_environment(tmp_path
     assert {name for name in tops if not name.endswith(".dist-info")} == {
         "modeling_pisces",
         GROUND,
+        "pisces_serving",
         "pisces_vllm_plugin.py",
     }
 
