@@ -1,0 +1,1 @@
+"""Parts of `python -m benchmarks.serving`: a server process, questions with right answers, load, fuzz, kills."""
