@@ -22,7 +22,7 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 NAVIGATION = {
     "Start": ["architecture.md"],
     "Use and train": [
-        *("finetune.md", "from_scratch.md", "data.md", "curation.md", "edit.md"),
+        *("finetune.md", "from_scratch.md", "data.md", "curation.md", "edit.md", "serve.md"),
         *("preferences.md", "scale.md", "speed.md", "memory.md"),
     ],
     "Build": ["assemble.md", "compatibility.md"],

@@ -42,7 +42,7 @@ def open_server(settings: Settings) -> Server:
     name = settings.served_name or (Path(settings.model).name if Path(settings.model).exists() else settings.model)
     adapters: dict[str, Adapter] = {name: find_adapter(source) for name, source in settings.adapters}
     if brought:  # --model is an adapter: its base is served, and the adapter beside it
-        adapters = {name: brought[0], **adapters}
+        adapters = {Path(settings.model).name: brought[0], **adapters}
         name = settings.served_name or folder.name
     models: dict[str, str | None] = {name: None}
     models |= {f"{name}:{adapter}": adapter for adapter in adapters}

@@ -39,7 +39,15 @@ def test_python_of_the_readme_runs(clone, capsys):
 
 def test_command_lines_of_the_readme_are_understood():
     lines = [line for block in code_blocks("") for line in block.splitlines() if line.startswith("pisces ")]
-    assert {shlex.split(line)[1] for line in lines} == {"describe", "draw", "edit", "reconstruct", "info", "push"}
+    assert {shlex.split(line)[1] for line in lines} == {
+        "describe",
+        "draw",
+        "edit",
+        "reconstruct",
+        "info",
+        "push",
+        "serve",
+    }
     for line in lines:
         build_parser().parse_args(shlex.split(line)[1:])
 

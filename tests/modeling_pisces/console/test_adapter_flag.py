@@ -10,7 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from modeling_pisces.checkpoint.adapters import attach_adapters, find_adapter, find_model, is_adapter
+from modeling_pisces.checkpoint.adapters import attach_adapters, attach_choices, find_adapter, find_model, is_adapter
 from modeling_pisces.checkpoint.loading import load_model, load_pipeline
 from pisces_commands.console import main
 from tests.checkpoint_folder import write_checkpoint
@@ -239,3 +239,47 @@ def test_switching_off_leaves_the_base_exactly(checkpoint, adapters):
     with attached.off():
         assert (draw() == plain).all()
     assert (draw() == adapted).all() and not (adapted == plain).all()
+
+
+def test_of_several_adapters_one_is_chosen_at_a_time_and_none_is_the_base(checkpoint, adapters):
+    """As the server needs them; each choice draws what the adapter alone draws, in any order."""
+
+    def drawn(pipeline):
+        return pipeline(["a box"], generator=[torch.Generator().manual_seed(1)]).images[0].tobytes()
+
+    names = ("words", "pixels", "both", "more")
+    expected = {None: drawn(load_pipeline(checkpoint))}
+    for name in names:
+        pipeline = load_pipeline(checkpoint)
+        attach_adapters([find_adapter(str(adapters / name))], pipeline.vision_language_model, pipeline)
+        expected[name] = drawn(pipeline)
+    assert len(set(expected.values())) == 5
+    pipeline = load_pipeline(checkpoint)
+    choices = attach_choices(
+        {name: find_adapter(str(adapters / name)) for name in names}, pipeline.vision_language_model, pipeline
+    )
+    for name in ("both", None, "pixels", "words", "more", "words", None, "both", "pixels"):
+        with choices.use(name):
+            assert drawn(pipeline) == expected[name], name
+
+
+def test_choices_take_adapters_that_cannot_act_together(checkpoint, tmp_path):
+    """Copies of whole modules go one at a time, and here they do."""
+    from tests.fixtures import make_processor
+
+    folders = [save_model_adapter(checkpoint, tmp_path / str(n), n, modules_to_save=["gen_head"]) for n in (3, 4)]
+    inputs = make_processor()(text="a box", generation_mode="image", return_tensors="pt")
+
+    def drawn(model):
+        generator = torch.Generator().manual_seed(0)
+        return model.generate(**inputs, generation_mode="image", generator=generator)
+
+    model, _ = load_model(checkpoint)
+    choices = attach_choices({folder.name: find_adapter(str(folder)) for folder in folders}, model)
+    for folder in (*folders, folders[0]):
+        alone, _ = load_model(checkpoint)
+        attach_adapters([find_adapter(str(folder))], alone)
+        with choices.use(folder.name):
+            assert torch.equal(drawn(model), drawn(alone))
+    with choices.use(None):
+        assert torch.equal(drawn(model), drawn(load_model(checkpoint)[0]))
