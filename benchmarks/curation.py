@@ -23,16 +23,16 @@ from typing import Any
 
 from benchmarks.curation_faults import Scenes, plant, shaded_photo
 from curation.records.scanning import run_scan
-from curation.records.sources import list_pictures, sources_of
 from curation.run import main as run
-from curation.shards.runner import Workers
 from curation.stages.benchmarks import contamination_settings, run_contamination
 from curation.stages.copies import CopyRules
 from curation.stages.deduplication import run_dedup
 from curation.stages.filtering import run_filter
+from modeling_pisces.records.sources import list_pictures, sources_of
 from pisces_commands.arguments import COUNT, LineParser
 from pisces_commands.ending import one_line_ending
 from pisces_commands.measurement import current_command, current_commit, describe_hardware
+from pisces_commands.shards import Workers
 from pisces_commands.writing import write_json
 
 

@@ -13,8 +13,9 @@ from collections import Counter
 
 from curation.models.captioning import DEFAULTS, STYLES, caption_settings, run_captions
 from curation.shards.index import Index
-from curation.shards.options import add_workers, end, make_parser, tell_unfinished, workers_of
+from curation.shards.options import end, make_parser, tell_unfinished
 from pisces_commands.arguments import COUNT, finite_number
+from pisces_commands.shards import add_workers, workers_of
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,10 +10,11 @@ import argparse
 import sys
 
 from curation.shards.index import Index
-from curation.shards.options import add_workers, end, make_parser, tell_unfinished, workers_of
+from curation.shards.options import end, make_parser, tell_unfinished
 from curation.stages.benchmarks import DEFAULTS, contamination_settings, run_contamination
 from pisces_commands.arguments import finite_number, whole_number
 from pisces_commands.ending import EXIT_FAILED
+from pisces_commands.shards import add_workers, workers_of
 
 
 def build_parser() -> argparse.ArgumentParser:

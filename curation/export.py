@@ -12,8 +12,9 @@ import sys
 from curation.records.exporting import DEFAULTS, export_settings, run_export, tell_export
 from curation.records.writing import FORMATS
 from curation.shards.index import Index
-from curation.shards.options import add_workers, end, make_parser, workers_of
+from curation.shards.options import end, make_parser
 from pisces_commands.arguments import SEED, SHARE
+from pisces_commands.shards import add_workers, workers_of
 
 
 def build_parser() -> argparse.ArgumentParser:

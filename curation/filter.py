@@ -10,9 +10,10 @@ import sys
 
 from curation.rules.thresholds import check_settings
 from curation.shards.index import Index
-from curation.shards.options import add_workers, end, make_parser, read_yaml, tell_rules, tell_unfinished, workers_of
+from curation.shards.options import end, make_parser, read_yaml, tell_rules, tell_unfinished
 from curation.stages.filtering import run_filter
 from curation.stages.flow import STAGE_GROUPS
+from pisces_commands.shards import add_workers, workers_of
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 from curation.records.exporting import tell_export
-from curation.records.sources import ROWS_PER_SHARD, sources_of
-from curation.shards.options import add_workers, end, make_parser, read_yaml, workers_of
+from curation.shards.options import end, make_parser, read_yaml
 from curation.stages.flow import check_config, run_all
+from modeling_pisces.records.sources import ROWS_PER_SHARD, sources_of
 from pisces_commands.arguments import COUNT
+from pisces_commands.shards import add_workers, workers_of
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,11 +11,12 @@ import argparse
 import sys
 
 from curation.records.scanning import run_scan
-from curation.records.sources import ROWS_PER_SHARD, sources_of
 from curation.shards.index import Index
-from curation.shards.options import add_workers, end, make_parser, tell_unfinished, workers_of
+from curation.shards.options import end, make_parser, tell_unfinished
 from modeling_pisces.image_loading_pisces import DEFAULT_MAX_PIXELS
+from modeling_pisces.records.sources import ROWS_PER_SHARD, sources_of
 from pisces_commands.arguments import COUNT
+from pisces_commands.shards import add_workers, workers_of
 
 
 def build_parser() -> argparse.ArgumentParser:

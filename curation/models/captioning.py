@@ -12,11 +12,12 @@ from PIL import Image
 from curation.models.dual import kind_of
 from curation.models.pisces import load_judge
 from curation.models.scoring import agreements, blocks, identity
-from curation.models.server import ChatServer
 from curation.rules.words import check_caption, clean_caption
 from curation.shards.index import Index
-from curation.shards.runner import Workers, run_stage
+from curation.shards.runner import run_stage
 from curation.shards.tables import make_table
+from pisces_commands.chat_server import ChatServer
+from pisces_commands.shards import Workers
 
 
 STYLES = ("short", "detailed")

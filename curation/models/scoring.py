@@ -12,12 +12,12 @@ from PIL import Image
 
 from curation.models.dual import KINDS, kind_of, load_dual, load_head, rate
 from curation.models.pisces import digest_of, load_judge
-from curation.models.server import ChatServer
 from curation.records.reading import read_shard
 from curation.rules.thresholds import SCORES, judge
 from curation.shards.index import Index
 from curation.shards.tables import make_table
 from modeling_pisces.image_loading_pisces import load_image
+from pisces_commands.chat_server import ChatServer
 
 
 BLOCK = 16

@@ -6,8 +6,8 @@ from typing import Any
 
 from curation.records.writing import FORMATS, data_file, export_shard, index_part, write_card
 from curation.shards.index import Index
-from curation.shards.runner import Workers, run_tasks
 from pisces_commands.ending import CommandFailed
+from pisces_commands.shards import Workers, run_tasks
 
 
 DEFAULTS: dict[str, Any] = {"format": "parquet", "keep_short": 0.1, "seed": 0}

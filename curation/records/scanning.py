@@ -14,13 +14,14 @@ from typing import Any
 import pyarrow as pa
 
 from curation.records.reading import read_shard
-from curation.records.shapes import Sample
-from curation.records.sources import ROWS_PER_SHARD, plan_inputs
 from curation.rules.measures import HASH_NAME, measure
 from curation.shards.index import Index
-from curation.shards.runner import Workers, run_stage
+from curation.shards.runner import run_stage
 from curation.shards.tables import make_table
 from modeling_pisces.image_loading_pisces import DEFAULT_MAX_PIXELS, load_image, open_picture
+from modeling_pisces.records.shapes import Sample
+from modeling_pisces.records.sources import ROWS_PER_SHARD, plan_inputs
+from pisces_commands.shards import Workers
 
 
 SCHEMA = pa.schema(

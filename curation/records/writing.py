@@ -9,9 +9,7 @@ copied as they are, never encoded again.
 """
 
 import hashlib
-import io
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.records.reading import read_shard
-from curation.records.shapes import IMAGE_TAG, Sample
 from curation.shards.index import Index
 from curation.shards.tables import read_table, write_table
 from modeling_pisces.image_loading_pisces import open_picture
+from modeling_pisces.records.shapes import IMAGE_TAG, Sample
+from modeling_pisces.records.tar import tar_bytes
 from pisces_commands.writing import write_whole
 
 
@@ -92,7 +91,7 @@ def export_shard(folder: str, index_folder: str, number: int, settings: dict[str
     if not samples:
         file.unlink(missing_ok=True)  # of an earlier export that kept something
     elif settings["format"] == "tar":
-        write_whole(file, _tar_bytes(number, samples), sync=False)
+        write_whole(file, tar_bytes(_members(number, samples)), sync=False)
     else:
         write_table_of_rows(file, number, samples, settings["is_plain"])
     write_table(part, _provenance(rows))
@@ -224,22 +223,14 @@ def _origin(sample: Sample) -> dict[str, str | None]:
     return {name: None if value is None else str(value) for name, value in found.items()}
 
 
-def _tar_bytes(number: int, samples: list[tuple[int, Sample]]) -> bytes:
-    """A WebDataset shard: the same samples give the same bytes, on any machine and day."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for place, sample in samples:
-            words = {"caption": sample.captions[0]} if not sample.messages else {"messages": sample.messages}
-            origin = {name: value for name, value in _origin(sample).items() if value is not None}
-            record = json.dumps({"id": sample.id, **words, **origin}, ensure_ascii=False)
-            for name, content in [
-                *_pictures(number, place, sample),
-                (f"{number:06d}-{place:06d}.json", record.encode()),
-            ]:
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return file.getvalue()
+def _members(number: int, samples: list[tuple[int, Sample]]) -> Iterator[tuple[str, bytes]]:
+    """What a tar shard has of each sample: its pictures, and a JSON file with its words."""
+    for place, sample in samples:
+        words = {"caption": sample.captions[0]} if not sample.messages else {"messages": sample.messages}
+        origin = {name: value for name, value in _origin(sample).items() if value is not None}
+        yield from _pictures(number, place, sample)
+        record = json.dumps({"id": sample.id, **words, **origin}, ensure_ascii=False)
+        yield f"{number:06d}-{place:06d}.json", record.encode()
 
 
 def _provenance(rows: list[dict[str, Any]]) -> pa.Table:

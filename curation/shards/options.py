@@ -1,7 +1,5 @@
 """Flags that the commands of this room share, and how they end."""
 
-import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -11,8 +9,7 @@ from typing import Any
 import yaml
 
 from curation.shards.index import Index
-from curation.shards.runner import ENGINES, Workers, parse_part
-from pisces_commands.arguments import COUNT, LineParser
+from pisces_commands.arguments import LineParser
 from pisces_commands.ending import EXIT_OK, CommandEnd, one_line_ending
 
 
@@ -21,26 +18,6 @@ def make_parser(command: str, description: str, index: bool = True) -> LineParse
     if index:
         parser.add_argument("--index", required=True, metavar="FOLDER", help="index folder of curation.scan")
     return parser
-
-
-def add_workers(parser: argparse.ArgumentParser) -> None:
-    """Flags of the runner."""
-    parser.add_argument("--processes", type=COUNT, default=os.cpu_count() or 1, help="worker processes (default: all)")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="only this share of the shards: 0/16 to 15/16")
-    parser.add_argument("--engine", choices=ENGINES, default="processes", help="who runs the shards")
-    parser.add_argument("--address", help="with --engine ray: a cluster's address (default: start Ray here)")
-
-
-def workers_of(options: argparse.Namespace) -> Workers:
-    """The runner that the flags ask for.
-
-    Raises:
-        ValueError: a share that is none, or an address that nobody uses.
-    """
-    part, num_parts = parse_part(options.shard)
-    if options.address and options.engine != "ray":
-        raise ValueError("--address has no effect without --engine ray. Leave it out.")
-    return Workers(options.processes, part, num_parts, options.engine, options.address)
 
 
 def read_yaml(path: str, what: str) -> dict[str, Any]:

@@ -13,15 +13,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from curation.records.places import read_bytes
 from curation.records.scanning import scan_picture
-from curation.records.sources import list_pictures
 from curation.rules.near import near_hashes, near_vectors, thumb_distance, thumb_vectors
 from curation.rules.words import MIN_WORDS, NGRAM, PromptBook
 from curation.shards.index import Index, digest
-from curation.shards.runner import Workers, run_stage
+from curation.shards.runner import run_stage
 from curation.shards.tables import make_table, read_table, write_table
 from modeling_pisces.image_loading_pisces import DEFAULT_MAX_PIXELS
+from modeling_pisces.records.places import read_bytes
+from modeling_pisces.records.sources import list_pictures
+from pisces_commands.shards import Workers
 
 
 TABLE = pa.schema([("rule", pa.string()), ("detail", pa.string()), ("benchmark", pa.string())])

@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from curation.rules.thresholds import SCORES, at_quantile, judge
 from curation.shards.index import Index
-from curation.shards.runner import Workers, run_stage
+from curation.shards.runner import run_stage
 from curation.shards.tables import make_table
+from pisces_commands.shards import Workers
 
 
 DECISION = pa.schema([("rule", pa.string()), ("detail", pa.string())])

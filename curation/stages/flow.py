@@ -8,12 +8,12 @@ from curation.records.exporting import check_folder, export_settings, run_export
 from curation.records.scanning import run_scan
 from curation.rules.thresholds import GROUPS, check_settings
 from curation.shards.index import Index
-from curation.shards.runner import Workers
 from curation.stages.balancing import balance_settings, run_balance
 from curation.stages.benchmarks import contamination_settings, run_contamination
 from curation.stages.deduplication import copy_rules, run_dedup
 from curation.stages.filtering import run_filter
 from modeling_pisces.image_loading_pisces import DEFAULT_MAX_PIXELS
+from pisces_commands.shards import Workers
 
 
 STAGE_GROUPS = ("scan", "dedup", "contamination", "caption", "balance", "export")

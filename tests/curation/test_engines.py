@@ -12,8 +12,8 @@ import pytest
 
 from curation.run import main as run
 from curation.shards.index import Index
-from curation.shards.runner import Workers, parse_part, run_tasks
 from pisces_commands.ending import CommandFailed
+from pisces_commands.shards import Workers, parse_part, run_tasks
 from tests.curation.curation_fixtures import encode, photo, tree, write_collection, write_config
 
 

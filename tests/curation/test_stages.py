@@ -196,7 +196,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("curation.models.server.time.sleep", lambda _: None)
+    monkeypatch.setattr("pisces_commands.chat_server.time.sleep", lambda _: None)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     Server.answers, Server.asked = [], []
     running = ThreadingHTTPServer(("127.0.0.1", 0), Server)

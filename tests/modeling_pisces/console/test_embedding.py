@@ -108,16 +108,18 @@ def test_words_that_say_nothing_are_refused_with_their_place(given, pair):
 
 
 def test_a_picture_that_cannot_be_read_is_named(pair):
-    with pytest.raises(ValueError, match="nothing.png"):
+    with pytest.raises(ValueError, match=r"nothing\.png"):
         embed_images(*pair, ["nothing.png"])
 
 
 def test_unknown_kinds_and_kinds_that_a_checkpoint_lacks_are_refused(pair):
-    with pytest.raises(ValueError, match="kind 'clip' is not known. Choose one of gen_"):
+    with pytest.raises(ValueError, match=r"kind 'clip' is not known. Choose one of gen_"):
         embed_images(*pair, [], "clip")
     blind = make_model(gen_vision_config=None).eval()
     assert default_kind(blind) == "hidden" and check_kind(blind, None) == "hidden"
-    with pytest.raises(ValueError, match="'gen_mean' need a generation tower, which this checkpoint lacks. Take feat"):
+    with pytest.raises(
+        ValueError, match=r"'gen_mean' need a generation tower, which this checkpoint lacks. Take feat"
+    ):
         check_kind(blind, "gen_mean")
     assert embed_texts(blind, make_processor(), WORDS).shape == (3, make_config().text_config.hidden_size)
 

@@ -26,6 +26,7 @@ class Sample:
     Attributes:
         place: file and line, or member of a shard, for reports.
         pictures: paths, or the bytes of files.
+        names: the path that the record has for each picture, None for one that it brings along; filled by readers.
         captions: the caption, shortest first where there are several.
         messages: `{"role", "content"}` with `<image>` tags; empty for a caption.
         problem: why the record cannot be used; None if it can.
@@ -35,6 +36,7 @@ class Sample:
     id: str
     place: str
     pictures: list[Any] = field(default_factory=list)
+    names: list[str | None] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     messages: list[dict[str, str]] = field(default_factory=list)
     problem: str | None = None
@@ -56,18 +58,22 @@ class BadSample(ValueError):
     """A record that cannot be used; the message is the reason that the index keeps."""
 
 
-def to_sample(record: Any, default_id: str, place: str) -> Sample:
-    """A record as it was read in the one form; what is wrong with it is its `problem`."""
+def to_sample(record: Any, default_id: str, place: str, words_alone: bool = False) -> Sample:
+    """A record as it was read in the one form; what is wrong with it is its `problem`.
+
+    Args:
+        words_alone: a prompt without a picture is a record too.
+    """
     if isinstance(record, Exception):
         return Sample(default_id, place, problem=str(record))
     try:
-        return _read_record(record, default_id, place)
+        return _read_record(record, default_id, place, words_alone)
     except BadSample as error:
         name = record.get("id", default_id) if isinstance(record, dict) else default_id
         return Sample(str(name), place, problem=str(error))
 
 
-def _read_record(record: Any, default_id: str, place: str) -> Sample:
+def _read_record(record: Any, default_id: str, place: str, words_alone: bool) -> Sample:
     if not isinstance(record, dict):
         raise BadSample(f"found {type(record).__name__}, expected an object with fields")
     record = {key: value for key, value in record.items() if value is not None}
@@ -86,7 +92,7 @@ def _read_record(record: Any, default_id: str, place: str) -> Sample:
         ]
     else:
         sample.captions = _read_captions(record)
-        if not sample.pictures:
+        if not sample.pictures and not (words_alone and sample.captions):
             raise BadSample("found neither a picture nor a conversation, expected one of them")
     _check_words(sample)
     sample.others = record

@@ -1,8 +1,8 @@
-"""From what a user names to numbered input shards: `plan_inputs`, the first step of a scan.
+"""From what a user names to numbered input shards: `plan_inputs`, the first step of a scan and of `pisces embed`.
 
 A folder of pictures or a text file becomes shards of `rows_per_shard` records; a tar file is a shard, and so is a row
-group of a Parquet file. What a shard has is written to `input/NNNNNN.json` of the index with the sizes and times of
-its files, so that a changed file is a new shard. `records.reading` reads them.
+group of a Parquet file. What a shard has is written to `input/NNNNNN.json` of a folder with the sizes and times of
+its files, so that a changed file is a new shard. `records.reading` reads them. Parquet alone needs pyarrow.
 """
 
 import csv
@@ -14,13 +14,12 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from curation.records.places import BadPlace, locate, read_bytes
-from curation.records.shapes import IMAGE_FIELDS
-from curation.shards.tables import UNREADABLE
-from modeling_pisces.image_loading_pisces import PICTURE_SUFFIXES
 from pisces_commands.writing import write_json, write_whole
+
+from ..image_loading_pisces import PICTURE_SUFFIXES
+from .parquet import open_parquet
+from .places import BadPlace, locate, read_bytes
+from .shapes import IMAGE_FIELDS
 
 
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -40,18 +39,22 @@ def sources_of(paths: list[str], license: str | None = None) -> list[dict[str, A
     for text in paths:
         found = sorted(glob.glob(text)) if any(char in text for char in "*?[") else [text]
         if not found:
-            raise ValueError(f"{text}: nothing fits this pattern (looked from {Path.cwd()}). Check --data.")
+            raise ValueError(f"{text}: nothing fits this pattern (looked from {Path.cwd()}). Check the path.")
         for name in found:
             path = Path(name).absolute()
             sources.append({"path": str(path), "source": path.name, "license": license})
     return sources
 
 
-def plan_inputs(index: Path, sources: list[dict[str, Any]], rows_per_shard: int = ROWS_PER_SHARD) -> int:
-    """Write `input/*.json` and `index.json`; files that are already right stay as they are.
+def plan_inputs(
+    index: Path, sources: list[dict[str, Any]], rows_per_shard: int = ROWS_PER_SHARD, head: str = "index.json"
+) -> int:
+    """Write `input/*.json` and `head`; files that are already right stay as they are.
 
     Args:
+        index: the folder.
         sources: `{"path", "source", "license"}` each.
+        head: the file that says what was planned.
 
     Returns:
         the number of input shards.
@@ -75,14 +78,14 @@ def plan_inputs(index: Path, sources: list[dict[str, Any]], rows_per_shard: int 
     for path in (index / "input").glob("[0-9]*.json"):
         if int(path.stem) >= count:
             path.unlink(missing_ok=True)
-    write_json(index / "index.json", {"sources": sources, "rows_per_shard": rows_per_shard, "num_shards": count})
+    write_json(index / head, {"sources": sources, "rows_per_shard": rows_per_shard, "num_shards": count})
     return count
 
 
 def _shards_of(source: dict[str, Any], rows_per_shard: int) -> Iterator[dict[str, Any]]:
     path = Path(source["path"])
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder (looked from {Path.cwd()}). Check --data.")
+        raise ValueError(f"{path}: no such file or folder (looked from {Path.cwd()}). Check the path.")
     for kind, file in _look_into(path):
         if kind == "tar":
             yield {"kind": kind, "file": _name(path, file), "files": [_stat(file, _name(path, file))]}
@@ -129,13 +132,8 @@ def _stat(path: str | Path, name: str) -> list[Any]:
 
 
 def _num_row_groups(file: Path) -> int:
-    try:
-        return pq.ParquetFile(file).num_row_groups
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(
-            f"{file}: cannot be read as Parquet ({reason}). Download it again or leave it out."
-        ) from error
+    with open_parquet(file) as table:
+        return table.num_row_groups
 
 
 # ---- entries of text files and folders
