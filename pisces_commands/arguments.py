@@ -24,6 +24,7 @@ class LineParser(argparse.ArgumentParser):
     """Reports a wrong flag in one line with exit code 2, and refuses empty values: as a path they mean this folder."""
 
     judged_later: tuple[str, ...] = ()  # flags whose emptiness the command itself explains
+    instead_of: tuple[str, ...] = ()  # positional arguments that --data takes the place of; see console_many
 
     def error(self, message: str):
         name = self.prog.removeprefix("python -m ").split()[0].removesuffix(".py")

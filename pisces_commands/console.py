@@ -13,6 +13,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from pisces_commands.arguments import COUNT, SEED, LineParser, add_adapter_flag, finite_number
+from pisces_commands.console_many import add_embed, add_many, add_search, check_many, loosened
 from pisces_commands.ending import EXIT_OK, CommandEnd, one_line_ending
 
 
@@ -26,6 +27,9 @@ examples:
   pisces draw "a red circle" "two blue stars" --num_images 4 --seed 7 --output drawings --sheet drawings/sheet.png
   pisces edit photo.png "make the circle red" --then "add a star at the top" --output edited
   pisces reconstruct photo.png --output photo_again.png
+  pisces embed photos/ --output index
+  pisces search index --text "a red circle" --image photo.png
+  pisces describe --data photos.tar --output described --shard 0/16
   pisces info ./{DEFAULT_MODEL} --json
   pisces push runs/mine --repo me/my-emoji --license cc-by-4.0
   pisces serve --port 8000
@@ -54,6 +58,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class _Parser(LineParser):
     judged_later = ("--question", "--then")
 
+    def parse_known_args(self, args=None, namespace=None):
+        with loosened(self, args):
+            namespace, rest = super().parse_known_args(args, namespace)
+        check_many(self, namespace)
+        return namespace, rest
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command; `args.command` names the subcommand."""
@@ -69,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_push(commands)
     _add_serve(commands)
+    add_embed(partial(_add_command, commands))
+    add_search(partial(_add_command, commands))
     return parser
 
 
@@ -121,6 +133,7 @@ def _add_describe(commands) -> None:
         help="longest answer, in tokens (default: the checkpoint's, or 128)",
     )
     _add_sheet(parser)
+    add_many(parser, ("images",), chats=True)
 
 
 def _add_draw(commands) -> None:
@@ -142,6 +155,7 @@ def _add_draw(commands) -> None:
     _add_drawing_options(parser)
     _add_output(parser)
     _add_sheet(parser)
+    add_many(parser, ("prompts",))
 
 
 def _add_edit(commands) -> None:
@@ -171,6 +185,7 @@ def _add_edit(commands) -> None:
     )
     _add_output(parser, "With a file name and several turns only the last picture is written")
     _add_sheet(parser)
+    add_many(parser, ("image", "instruction"), edits=True)
 
 
 def _add_reconstruct(commands) -> None:

@@ -30,14 +30,13 @@ from ..checkpoint.adapters import (
 from ..checkpoint.files import check_checkpoint
 from ..checkpoint.info import describe_checkpoint, format_checkpoint
 from ..checkpoint.loading import load_model, load_pipeline, quiet_libraries
+from .answers import DEFAULT_QUESTION, answer_questions
 from .contact_sheet import Section, Tile, make_contact_sheet
 from .known_words import KNOWN_WORDS, unknown_words
 from .pictures import OutputPlace, UsageError, find_pictures, first_usable
 
 
 DEFAULT_MODEL = "pisces-tiny"
-DEFAULT_ANSWER_LENGTH = 128  # tokens
-DEFAULT_QUESTION = "Describe the picture."
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -45,6 +44,11 @@ def run_command(args: argparse.Namespace) -> int:
     if args.command == "push":
         with nullcontext() if args.verbose else quiet_libraries():
             return _push(args)
+    if args.command in ("embed", "search") or getattr(args, "data", None):
+        from .many_commands import run_many  # many pictures, or an index of them
+
+        with nullcontext() if args.verbose else quiet_libraries():
+            return run_many(args)
     command = {
         "describe": _describe,
         "draw": _draw,
@@ -143,23 +147,8 @@ def _describe(args: argparse.Namespace, folder: Path) -> int:
 def answer_question(
     model: Any, processor: Any, image: Image.Image, question: str, max_new_tokens: int | None = None
 ) -> str:
-    """Ask one question about one picture, greedily; return the words of the answer.
-
-    Without `max_new_tokens` the checkpoint's own longest answer holds, or 128 tokens where it names none.
-    """
-    if max_new_tokens is None:
-        max_new_tokens = model.generation_config.max_new_tokens or DEFAULT_ANSWER_LENGTH
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device, dtype=model.dtype)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new_tokens = output[:, inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(new_tokens, skip_special_tokens=True)[0].strip()
+    """Ask one question about one picture; see `answer_questions`."""
+    return answer_questions(model, processor, [(image, question)], max_new_tokens)[0]
 
 
 def _question_lines(questions: list[str], answers: list[str]) -> list[str]:

@@ -203,10 +203,10 @@ def _moved(inputs: Any, model: Any) -> Any:
     return inputs.to(model.device, dtype=model.dtype)
 
 
+# of the vectors of drawing, (I, M, Dg) -> (I, D); pooling them and taking their length to 1 may change places
+POOLS = {"gen_grid": _grid, "gen_mean": _mean, "gen_all": _all}
 KINDS: dict[str, Kind] = {
-    "gen_grid": _of_gen_vectors(_grid),
-    "gen_mean": _of_gen_vectors(_mean),
-    "gen_all": _of_gen_vectors(_all),
+    **{name: _of_gen_vectors(pool) for name, pool in POOLS.items()},
     "features": Kind(_feature_pictures, None, draws=False),
     "tower": Kind(_tower_pictures, None, draws=False),
     "hidden": Kind(_hidden_pictures, _hidden_texts, draws=False),
