@@ -8,6 +8,8 @@ LMMS_EVAL := .venv-lmms-eval
 
 MODEL ?= pisces-tiny
 IMAGE ?=
+ADAPTER ?=
+PORT ?=
 PICTURES ?=
 QUESTION ?=
 PROMPT ?=
@@ -27,7 +29,7 @@ VERSION ?= 5.16.1 5.19.0 5.23.0 5.24.0
 quoted = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples tiny test test-all test-mixins fuzz test-newest test-clients test-vllm test-real-parts test-transformers resolution lmms-eval docs check format wheel-check clean
+.PHONY: help setup demo examples tiny test test-all test-mixins fuzz test-newest test-clients test-vllm test-real-parts test-transformers test-web web resolution lmms-eval docs check format wheel-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -50,6 +52,23 @@ demo: $(INSTALLED) ## questions about pictures and drawings on one contact sheet
 	@$(BIN)/python demo/run_demo.py --model $(call quoted,$(MODEL)) --output $(call quoted,$(OUTPUT)) --seed $(SEED) \
 		$(if $(IMAGE),--image $(call quoted,$(IMAGE))) $(if $(QUESTION),--question $(call quoted,$(QUESTION))) \
 		$(if $(PROMPT),--prompt $(call quoted,$(PROMPT)))
+
+web: .venv-web/.installed ## the page in the browser: chat, draw, edit, an adapter (MODEL= ADAPTER= PORT=)
+	@.venv-web/bin/python demo/app.py --model $(call quoted,$(MODEL)) $(if $(ADAPTER),--adapter $(call quoted,$(ADAPTER))) \
+		$(if $(PORT),--port $(PORT))
+
+test-web: .venv-web/.installed ## the page used in a browser, with chromium of the system or of playwright; screenshots into docs/
+	@.venv-web/bin/python -m pytest -q -rs -p no:cacheprovider tests/demo
+
+# gradio 6 needs pillow < 13, the tested set has a newer one
+.venv-web/.installed: pyproject.toml constraints.txt
+	@test -x .venv-web/bin/python || $(PYTHON) -m venv .venv-web
+	@echo "Installing into .venv-web (some minutes the first time) ..."
+	@grep -v '^pillow==' constraints.txt > .venv-web/constraints.txt
+	@.venv-web/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-web/constraints.txt torch
+	@.venv-web/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-web/constraints.txt \
+		--editable ".[demo]" playwright pytest pytest-timeout spaces
+	@touch $@
 
 examples: $(INSTALLED) ## render the sample pictures of examples/ again
 	@rm -rf $(call quoted,$(OUTPUT)/examples)
@@ -172,4 +191,4 @@ wheel-check: $(INSTALLED) ## build the wheel, install it alone in an empty envir
 	@$(BIN)/python -m pytest -q -m slow tests/test_project.py
 
 clean: ## remove environments, caches and build products (outputs/ and runs/ stay)
-	rm -rf .venv .venv-uv .venv-vllm .venv-lmms-eval .venv-newest .venv-clients .venv-real-parts .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-uv .venv-vllm .venv-lmms-eval .venv-newest .venv-clients .venv-real-parts .venv-web .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

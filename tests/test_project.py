@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_pisces"
 ROOMS = (
     "modeling_pisces",
+    "pisces_demo",
     "conversion",
     "finetune",
     "evaluation",
@@ -30,6 +31,7 @@ ROOMS = (
     "curation",
     "pisces_serving",
 )
+OPEN_TO = {"demo": {"pisces_demo"}}  # beside modeling_pisces: its door, since the wheel carries the page for Spaces
 LEAVES = ("benchmarks",)  # may import every room, and nobody imports them
 GROUND = "pisces_commands"  # what every room's commands are made of; in the wheel, imports without torch
 # what code that the Hub carries may import at the top: the loader refuses to run where anything else is missing
@@ -78,7 +80,9 @@ def read_toml():
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room not in LEAVES])
 def test_rooms_never_import_each_other(room):
-    others = {other for other in ROOMS if other not in (room, "modeling_pisces")} | {"tests"}
+    others = {other for other in ROOMS if other not in (room, "modeling_pisces")} - OPEN_TO.get(room, set()) | {
+        "tests"
+    }
     for path in python_files(room):
         wrong = others & {name.split(".")[0] for name in imported_modules(path)}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}: rooms meet through folders on disk"
@@ -206,7 +210,7 @@ def test_the_ground_imports_no_room():
     for path in python_files(GROUND):
         rooms = {name.split(".")[0] for name in imported_modules(path)} & set(ROOMS)
         # the console hands over to what its commands do, when one of them runs; `serve` brings its own flags
-        assert rooms <= ({"modeling_pisces", "pisces_serving"} if path.name == "console.py" else set()), path
+        assert rooms <= ({"modeling_pisces", "pisces_demo", "pisces_serving"} if path.name == "console.py" else set()), path
 
 
 def test_what_an_export_carries_is_flat_and_imports_its_siblings_by_name():
@@ -413,7 +417,7 @@ def test_wheel_holds_only_the_package_and_works_in_an_empty_environment(tmp_path
     """Installed next to nothing but its dependencies, whose folder the new environment borrows from this one."""
     run = lambda *command: subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)  # noqa: E731
     source = tmp_path / "source"  # a copy: building leaves folders beside what it builds
-    for name in ("modeling_pisces", GROUND, "pisces_serving"):
+    for name in ("modeling_pisces", "pisces_demo", GROUND, "pisces_serving"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "pisces_vllm_plugin.py"):
         shutil.copy(ROOT / name, source)
@@ -425,6 +429,7 @@ def test_wheel_holds_only_the_package_and_works_in_an_empty_environment(tmp_path
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in tops if not name.endswith(".dist-info")} == {
         "modeling_pisces",
+        "pisces_demo",
         GROUND,
         "pisces_serving",
         "pisces_vllm_plugin.py",

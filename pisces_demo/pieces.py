@@ -1,0 +1,138 @@
+"""Pieces that the tabs of the page share: fields, errors in one line, and what is shown of a conversation.
+
+`pisces_demo/page.py` builds its tabs from them. gradio comes in as an argument, or is imported when it is needed.
+"""
+
+import html
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from pisces_commands.arguments import one_line
+
+from .chat import Message
+from .checks import MAX_PICTURES, MAX_SEED, MAX_STEPS
+from .examples import PROMPTS, example_pictures
+from .model import DemoModel
+
+
+def seed_field(gr: Any, name: str) -> Any:
+    seed = gr.Number(0, label="Seed", precision=0, elem_id=name, info="the same seed draws the same picture")
+    dice = gr.Button("Another seed", elem_id=f"{name}-dice", size="sm")
+    dice.click(lambda: random.randrange(MAX_SEED - MAX_PICTURES), None, seed, api_visibility="private", queue=False)
+    return seed
+
+
+def decoder_settings(gr: Any, model: DemoModel) -> tuple[Any, Any]:
+    with gr.Accordion("Decoder", open=False):
+        steps = gr.Slider(1, MAX_STEPS, model.default_steps, step=1, label="Denoising steps")
+        guidance = gr.Slider(
+            1,
+            30,
+            max(model.default_guidance, 1),
+            step=0.1,
+            label="Guidance",
+            info="how strongly it follows the vectors; 1 is off",
+        )
+    return steps, guidance
+
+
+def prompt_field(gr: Any, name: str) -> Any:
+    return gr.Textbox(PROMPTS[0], label="Prompt", elem_id=name, max_lines=3, placeholder="What shall be drawn?")
+
+
+def gallery_field(gr: Any, label: str, name: str, columns: int = 2) -> Any:
+    return gr.Gallery(
+        label=label,
+        elem_id=name,
+        elem_classes="drawing",
+        columns=columns,
+        height="auto",
+        format="png",
+        object_fit="contain",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+    )
+
+
+def example_files(cache: str) -> list[str]:
+    from gradio.processing_utils import save_pil_to_cache
+
+    return [save_pil_to_cache(picture, cache, name, "png") for name, picture in example_pictures().items()]
+
+
+def one_line_errors(gr: Any, function: Callable) -> Callable:
+    """The generator, whose errors the page shows as one line."""
+
+    @wraps(function)
+    def run(*values: Any) -> Iterator[Any]:
+        try:
+            yield from function(*values)
+        except ValueError as error:
+            raise page_error(gr, str(error)) from error
+        except gr.Error:
+            raise
+        except Exception as error:  # a bug, or a machine without memory: the log has all of it, the page its name
+            traceback.print_exc(file=sys.stderr)
+            raise page_error(gr, f"{type(error).__name__}: {error}") from error
+
+    return run
+
+
+def page_error(gr: Any, message: str) -> Exception:
+    # gradio shows it as HTML, and it may name a file that a stranger has named
+    return gr.Error(html.escape(one_line(message))[:600], print_exception=False)
+
+
+def warn_of_unknown_words(gr: Any, model: DemoModel, text: Any) -> None:
+    if isinstance(text, str) and (words := model.unknown(text)):
+        gr.Warning(html.escape(f"{Path(model.name).name} was never trained on: {', '.join(words[:12])}"))
+
+
+def drawing_seconds(prompt: Any, count: Any, seed: Any, steps: Any, guidance: Any) -> int:
+    """What to ask a lent GPU for: a start, and for each picture its vectors and its steps at 1024 px.
+
+    Source: an upper bound from floors. 64 vectors of an 8B model are 0.2 s of reading weights on an H200, one guided
+    step of an SDXL U-Net is 13.5 TFLOP, 0.03 s at half of the nominal speed.
+    """
+    count, steps = (value if isinstance(value, (int, float)) and value > 0 else 1 for value in (count, steps))
+    return int(15 + min(count, MAX_PICTURES) * (1 + 0.1 * min(steps, MAX_STEPS)))
+
+
+def shown_messages(messages: Sequence[Message], cache: str) -> list[dict[str, Any]]:
+    """A conversation in the form that `gradio.Chatbot` takes; pictures as PNG files in its cache."""
+    from gradio.processing_utils import save_pil_to_cache
+
+    shown = []
+    for message in messages:
+        content: list[Any] = []
+        for part in message.parts:
+            if part.picture is not None:
+                content.append(
+                    {"path": save_pil_to_cache(part.picture, cache, "picture", "png"), "alt_text": "picture"}
+                )
+            elif part.text is None:
+                content.append({"type": "text", "text": "drawing ..."})
+            elif part.text:
+                content.append({"type": "text", "text": part.text})
+        if content:
+            shown.append({"role": message.role, "content": content})
+    return shown
+
+
+def adapter_text(facts: Sequence[dict[str, Any]]) -> str:
+    """What adapters are for, as Markdown; their names come from users."""
+    lines = []
+    for fact in facts:
+        name = Path(fact["name"]).name or fact["name"]
+        base = fact["base"] or "a base that it does not name"
+        lines.append(f"**{html.escape(name)}**, trained on {html.escape(base)}\n")
+        for side, numbers in fact["sides"].items():
+            size = f"{numbers['num_parameters']:,} parameters, {numbers['num_bytes'] / 2**20:.2f} MiB"
+            lines.append(f"- {side}: {html.escape(str(numbers['type']))}, {size}")
+        lines.append("")
+    return "\n".join(lines)
