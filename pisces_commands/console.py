@@ -33,6 +33,7 @@ examples:
   pisces info ./{DEFAULT_MODEL} --json
   pisces push runs/mine --repo me/my-emoji --license cc-by-4.0
   pisces serve --port 8000
+  pisces space my_space --model me/my-pisces
 
 checkpoints:
   --model takes a folder or a Hub id (owner/name). Without it the folder ./{DEFAULT_MODEL} is used.
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     add_embed(partial(_add_command, commands))
     add_search(partial(_add_command, commands))
+    _add_space(commands)
     return parser
 
 
@@ -241,6 +243,32 @@ def _add_serve(commands) -> None:
     add_serve(commands, _HelpFormatter)
 
 
+def _add_space(commands) -> None:
+    summary = "write a folder for a Hugging Face Space"
+    parser = commands.add_parser(
+        "space",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}: the page with chat, drawing, editing and adapters, the code "
+        "it needs and a card. Nothing is uploaded. `python OUTPUT/app.py` starts it here, where gradio is installed.",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="new folder")
+    parser.add_argument(
+        "--model",
+        metavar="CHECKPOINT",
+        default=DEFAULT_MODEL,
+        help="folder, which is copied into the Space, or Hub id, which the Space downloads",
+    )
+    add_adapter_flag(parser)
+    parser.add_argument("--title", metavar="TEXT", help="of the Space (default: made of the model's name)")
+    parser.add_argument("--license", default="apache-2.0", help="of the code and of a checkpoint that is copied")
+    parser.add_argument(
+        "--hardware", help="what the card suggests (default: cpu-basic for a small folder, else zero-a10g)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    parser.add_argument("--verbose", action="store_true", help="show library messages, and the traceback of an error")
+
+
 def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=COUNT, help="denoising steps (default: the pipeline's)")
     parser.add_argument(
@@ -290,6 +318,10 @@ def _run(args: argparse.Namespace) -> int:
 
         return serve(args)
     try:
+        if args.command == "space":
+            from pisces_demo.space import run_space
+
+            return run_space(args)
         from modeling_pisces.console.commands import run_command
     except ImportError as error:
         raise ImportError(f"{error}. Install the missing package and try again.") from error

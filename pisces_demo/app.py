@@ -5,6 +5,8 @@ A Space has an `app.py` of its own, written by `pisces_demo/space.py`, which goe
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pisces_commands.arguments import LineParser, UsageError, add_adapter_flag, whole_number
 from pisces_commands.ending import one_line_ending
@@ -41,7 +43,43 @@ def main(arguments: list[str] | None = None) -> None:
         serve(args)
 
 
+def open_page(
+    model: str,
+    adapters: Sequence[str] = (),
+    on_gpu: Callable[..., Any] | None = None,
+    label: str | None = None,
+    **loading: Any,
+) -> Any:
+    """Load a model and build its page; `launch` of `pisces_demo.page` serves it.
+
+    Args:
+        model, adapters: folders or Hub ids.
+        on_gpu: as `build_page` takes it.
+        label: what the page calls the model; None: its name.
+        loading: device, dtype and trust_remote_code.
+
+    Raises:
+        ValueError: something of it cannot be found or used.
+    """
+    from modeling_pisces.checkpoint.loading import quiet_libraries
+
+    from .model import DemoModel
+    from .page import build_page
+
+    with quiet_libraries():
+        loaded = DemoModel.load(model, adapters, label=label, **loading)
+        page = build_page(loaded, on_gpu)
+    print(f"loaded {loaded.title()}", flush=True)
+    return page
+
+
 def serve(args: argparse.Namespace) -> None:
+    """Load what the flags name and serve it.
+
+    Raises:
+        ImportError: gradio is missing.
+        ValueError: a model that cannot be used, or an address that is taken.
+    """
     try:
         import gradio  # noqa: F401
     except ImportError as error:
@@ -49,17 +87,12 @@ def serve(args: argparse.Namespace) -> None:
             f'the page needs gradio ({error}). Run `make web`, or pip install "modeling-pisces[demo]" in an '
             "environment of its own."
         ) from error
-    from modeling_pisces.checkpoint.loading import quiet_libraries
-
-    from .model import DemoModel
-    from .page import build_page, launch
+    from .page import launch
 
     if args.host not in ("127.0.0.1", "localhost", "::1") or args.share:
         print("warning: everybody who reaches this address can use the model", file=sys.stderr)
-    with quiet_libraries():
-        model = DemoModel.load(args.model, args.adapter, args.device, args.dtype, args.trust_remote_code)
-        page = build_page(model)
-        print(f"loaded {model.title()}")
+    loading = {"device": args.device, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    page = open_page(args.model, args.adapter, **loading)
     try:
         launch(page, server_name=args.host, server_port=args.port, share=args.share, inbrowser=args.open)
     except OSError as error:  # gradio's own words about ports and addresses

@@ -14,8 +14,8 @@ PROMPTS = (
     "a small orange circle above a cyan square",
 )
 CHAT_PROMPTS = ("draw a green star", "draw two red hearts on a dark background")
-QUESTIONS = ("Describe the picture.", "How many objects are there?", "What color is the star?")
-INSTRUCTIONS = ("make the circle red", "add a star at the top", "make the background dark")
+QUESTIONS = ("Describe the picture.", "How many objects are there?", "What shape is the object?")
+INSTRUCTIONS = ("make the star red", "add a star at the top", "make the background dark")
 
 SIDE = 64  # pixels
 _SCALE = 8  # drawn larger and shrunk: smooth edges
@@ -27,13 +27,11 @@ _STAR += [(-0.95, -0.31), (-0.26, -0.34)]
 def example_pictures() -> dict[str, Image.Image]:
     """Three pictures by name, RGB, 64 x 64."""
     return {
-        "star_and_circle": _render(
-            _LIGHT, [("star", (45, 95, 220), 16, 18, 11), ("circle", (225, 50, 45), 46, 46, 10)]
-        ),
+        "star_and_circle": _render(_LIGHT, [("star", (40, 90, 225), 12, 12, 9), ("circle", (225, 45, 45), 52, 52, 9)]),
         "square_and_circle": _render(
-            _DARK, [("square", (245, 205, 40), 18, 44, 9), ("circle", (40, 165, 75), 46, 18, 10)]
+            _DARK, [("square", (245, 210, 40), 12, 52, 8), ("circle", (40, 170, 70), 52, 12, 9)]
         ),
-        "one_triangle": _render(_LIGHT, [("triangle", (145, 55, 180), 32, 32, 12)]),
+        "one_triangle": _render(_LIGHT, [("triangle", (140, 50, 150), 32, 32, 9)]),
     }
 
 

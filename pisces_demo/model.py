@@ -28,7 +28,7 @@ from modeling_pisces.checkpoint.adapters import (
 from modeling_pisces.checkpoint.files import check_checkpoint
 from modeling_pisces.checkpoint.info import describe_checkpoint
 from modeling_pisces.checkpoint.loading import load_model, load_pipeline
-from modeling_pisces.console.known_words import unknown_words
+from modeling_pisces.console.known_words import KNOWN_WORDS, unknown_words
 
 from .chat import Message, Part, PartStreamer, ask, messages_for_model
 from .checks import (
@@ -63,7 +63,7 @@ class DemoModel:
     """A checkpoint with its adapters, and the lock of whoever uses it.
 
     Args:
-        name: as the user wrote it.
+        name: what the page calls it.
         folder: where the checkpoint lies.
         model, processor: `PiscesForConditionalGeneration` and `PiscesProcessor`.
         pipeline: the `PiscesPipeline` around them; None for a checkpoint without a decoder, which only answers.
@@ -93,8 +93,12 @@ class DemoModel:
         device: str = "auto",
         dtype: str = "auto",
         trust_remote_code: bool = False,
+        label: str | None = None,
     ) -> "DemoModel":
         """Load what a user named: a checkpoint folder or Hub id, and adapters.
+
+        Args:
+            label: what the page calls it; None: its name.
 
         Raises:
             ValueError: one of them cannot be found or used.
@@ -110,7 +114,7 @@ class DemoModel:
             pipeline = None
             model, processor = load_model(folder, device, dtype, trust_remote_code)
         attached = attach_adapters(found, model, pipeline)
-        return cls(name, folder, model, processor, pipeline, found, attached)
+        return cls(label or Path(name).name or name, folder, model, processor, pipeline, found, attached)
 
     # ---- what the page says about it ----------------------------------------------------------------------------
 
@@ -121,6 +125,11 @@ class DemoModel:
     @property
     def can_start_from_pixels(self) -> bool:
         return self.can_draw and self.pipeline.vae is not None
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether the checkpoint lists the few words that it knows; such ones are trained on single questions."""
+        return (self.folder / KNOWN_WORDS).is_file()
 
     @property
     def default_steps(self) -> int:
@@ -140,7 +149,7 @@ class DemoModel:
         count = info["num_parameters"]
         size = f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
         names = ", ".join(Path(adapter.name).name or adapter.name for adapter in self.adapters)
-        words = f"{Path(self.name).name or self.name}, {size} parameters, on {self.model.device.type}"
+        words = f"{self.name}, {size} parameters, on {self.model.device.type}"
         return f"{words}; adapter: {names}" if names else words
 
     def adapter_facts(self) -> list[dict[str, Any]]:
@@ -160,9 +169,12 @@ class DemoModel:
     # ---- chat ---------------------------------------------------------------------------------------------------
 
     def answer(
-        self, history: Sequence[Message], text: Any, files: Any, max_new_tokens: Any, seed: Any
+        self, history: Sequence[Message], text: Any, files: Any, max_new_tokens: Any, seed: Any, remembers: bool = True
     ) -> Iterator[list[Message]]:
         """The conversation with the question, then with the answer as it grows; the model may draw in it.
+
+        Args:
+            remembers: the model reads what was said before; else the new question alone.
 
         Raises:
             ValueError: the question cannot be asked. The conversation is then as it was before.
@@ -171,20 +183,21 @@ class DemoModel:
         seed = check_seed(seed)
         asked = ask(history, text, files)
         self._check_words(asked[-1].parts[-1].text or "")
+        read = asked if remembers else asked[-1:]
         yield asked
         try:
-            for parts in run_in_steps(self.lock, lambda say, stop: self._answer(asked, length, seed, say, stop)):
+            for parts in run_in_steps(self.lock, lambda say, stop: self._answer(read, length, seed, say, stop)):
                 yield [*asked, Message("assistant", parts)]
         except Exception:
             yield list(history)
             raise
 
     @torch.no_grad()
-    def _answer(self, asked: list[Message], length: int, seed: int, say: Say, stop: threading.Event) -> None:
+    def _answer(self, read: list[Message], length: int, seed: int, say: Say, stop: threading.Event) -> None:
         mode = "interleaved" if self.can_draw else "text"
         config = self.model.config
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = self.processor.apply_chat_template(messages_for_model(asked), generation_mode=mode, **options)
+        inputs = self.processor.apply_chat_template(messages_for_model(read), generation_mode=mode, **options)
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
         room = self._room(inputs["input_ids"].shape[1])
         ends = (config.gen_start_token_id, config.gen_end_token_id) if self.can_draw else (None, None)

@@ -23,6 +23,7 @@ from .pieces import (
     drawing_seconds,
     example_files,
     gallery_field,
+    gallery_files,
     one_line_errors,
     prompt_field,
     seed_field,
@@ -45,8 +46,9 @@ CSS = """
 .status { min-height: 1.6em; font-variant-numeric: tabular-nums; opacity: 0.8; }
 /* small pictures are enlarged as they are, not blurred */
 .drawing img, #chat img { image-rendering: pixelated; }
-#chat img { min-width: 160px; }
-footer { opacity: 0.6; }
+#chat .message-row img { width: 200px !important; height: auto; object-fit: contain; }
+/* it would send a picture to another server */
+button[aria-label="Share"] { display: none !important; }
 """
 
 NO_DECODER = (
@@ -118,7 +120,7 @@ def launch(page: Any, **options: Any) -> Any:
         "max_file_size": MAX_UPLOAD,
         "show_error": True,
         "ssr_mode": False,
-        "footer_links": ["settings"],
+        "footer_links": [],
     }
     return page.launch(**{"share": False, "server_name": "127.0.0.1", **fixed, **options})
 
@@ -154,17 +156,22 @@ def _chat_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
             1, MAX_NEW_TOKENS, model.default_answer_length, step=1, label="Longest answer, in tokens", elem_id="length"
         )
         seed = gr.Number(0, label="Seed of pictures", precision=0, elem_id="chat-seed")
+        remembers = gr.Checkbox(
+            not model.is_toy,
+            label="Read the whole conversation",
+            elem_id="remembers",
+            info="off: each message on its own, for checkpoints that were trained on single questions",
+        )
 
     # on a GPU that is lent for one call the model starts cold
-    @on_gpu(duration=lambda messages, value, length, seed: 20 + int(length or 0) // 10)
-    def answer(messages: list[Message], value: Any, length: Any, seed: Any) -> Iterator[tuple]:
+    @on_gpu(duration=lambda *values: 60)
+    def answer(messages: list[Message], value: Any, length: Any, seed: Any, remembers: Any) -> Iterator[tuple]:
         value = value if isinstance(value, dict) else {}
-        for grown in model.answer(messages, value.get("text"), value.get("files"), length, seed):
+        for grown in model.answer(messages, value.get("text"), value.get("files"), length, seed, bool(remembers)):
             yield grown, shown_messages(grown, chat.GRADIO_CACHE)
 
-    asked = box.submit(
-        one_line_errors(gr, answer), [history, box, length, seed], [history, chat], api_name="chat", **ONE_AT_A_TIME
-    )
+    inputs, outputs = [history, box, length, seed, remembers], [history, chat]
+    asked = box.submit(one_line_errors(gr, answer), inputs, outputs, api_name="chat", **ONE_AT_A_TIME)
     box.submit(lambda: None, None, box, api_visibility="private", queue=False)
     stop.click(None, cancels=[asked], api_visibility="private")
     clear.click(lambda: ([], []), None, [history, chat], cancels=[asked], api_visibility="private", queue=False)
@@ -191,7 +198,7 @@ def _draw_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
     def drawing(prompt: Any, count: Any, seed: Any, steps: Any, guidance: Any) -> Iterator[tuple]:
         warn_of_unknown_words(gr, model, prompt)
         for drawn in model.draw(prompt, count, seed, steps, guidance):
-            yield drawn.pictures, drawn.status
+            yield gallery_files(drawn.pictures, gallery.GRADIO_CACHE), drawn.status
 
     inputs = [prompt, count, seed, steps, guidance]
     run = one_line_errors(gr, on_gpu(duration=drawing_seconds)(drawing))
@@ -252,7 +259,7 @@ def _edit_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
     def editing(path: Any, instruction: Any, seed: Any, strength: Any, steps: Any, guidance: Any) -> Iterator[tuple]:
         warn_of_unknown_words(gr, model, instruction)
         for drawn in model.edit(path, instruction, seed, strength, steps, guidance):
-            pair = tuple(picture for picture, _ in drawn.pictures)
+            pair = tuple(path for path, _ in gallery_files(drawn.pictures, slider.GRADIO_CACHE))
             yield (pair, pair[1], drawn.status) if pair else (gr.skip(), gr.skip(), drawn.status)
 
     inputs = [source, instruction, seed, strength, steps, guidance]
@@ -292,7 +299,8 @@ def _adapter_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
 
     def comparing(prompt: Any, count: Any, seed: Any, steps: Any, guidance: Any) -> Iterator[tuple]:
         for drawn in model.compare(prompt, count, seed, steps, guidance):
-            yield drawn.pictures, drawn.others, drawn.status
+            sides = (drawn.pictures, drawn.others)
+            yield *(gallery_files(side, without.GRADIO_CACHE) for side in sides), drawn.status
 
     inputs = [prompt, count, seed, steps, guidance]
     run = one_line_errors(gr, on_gpu(duration=lambda *values: 2 * drawing_seconds(*values))(comparing))

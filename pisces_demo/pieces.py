@@ -3,6 +3,7 @@
 `pisces_demo/page.py` builds its tabs from them. gradio comes in as an argument, or is imported when it is needed.
 """
 
+import hashlib
 import html
 import random
 import sys
@@ -12,7 +13,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from pisces_commands.arguments import one_line
+from pisces_commands.writing import write_whole
 
 from .chat import Message
 from .checks import MAX_PICTURES, MAX_SEED, MAX_STEPS
@@ -45,13 +49,17 @@ def prompt_field(gr: Any, name: str) -> Any:
     return gr.Textbox(PROMPTS[0], label="Prompt", elem_id=name, max_lines=3, placeholder="What shall be drawn?")
 
 
+def gallery_files(pictures: Sequence[tuple[Image.Image, str]], cache: str) -> list[tuple[str, str]]:
+    return [(picture_file(picture, cache), caption) for picture, caption in pictures]
+
+
 def gallery_field(gr: Any, label: str, name: str, columns: int = 2) -> Any:
     return gr.Gallery(
         label=label,
         elem_id=name,
         elem_classes="drawing",
         columns=columns,
-        height="auto",
+        height=600,
         format="png",
         object_fit="contain",
         interactive=False,
@@ -60,9 +68,19 @@ def gallery_field(gr: Any, label: str, name: str, columns: int = 2) -> Any:
 
 
 def example_files(cache: str) -> list[str]:
-    from gradio.processing_utils import save_pil_to_cache
+    return [picture_file(picture, cache, name) for name, picture in example_pictures().items()]
 
-    return [save_pil_to_cache(picture, cache, name, "png") for name, picture in example_pictures().items()]
+
+def picture_file(picture: Image.Image, cache: str, name: str = "picture") -> str:
+    """A picture as a PNG file in gradio's cache, written once.
+
+    gradio itself would write it again with every piece of an answer, also while a browser reads it: half a picture.
+    """
+    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    path = Path(cache) / digest / f"{name}.png"
+    if not path.is_file():
+        write_whole(path, lambda part: picture.save(part, format="PNG"), sync=False)
+    return str(path)
 
 
 def one_line_errors(gr: Any, function: Callable) -> Callable:
@@ -90,7 +108,7 @@ def page_error(gr: Any, message: str) -> Exception:
 
 def warn_of_unknown_words(gr: Any, model: DemoModel, text: Any) -> None:
     if isinstance(text, str) and (words := model.unknown(text)):
-        gr.Warning(html.escape(f"{Path(model.name).name} was never trained on: {', '.join(words[:12])}"))
+        gr.Warning(html.escape(f"{model.name} was never trained on: {', '.join(words[:12])}"))
 
 
 def drawing_seconds(prompt: Any, count: Any, seed: Any, steps: Any, guidance: Any) -> int:
@@ -105,16 +123,12 @@ def drawing_seconds(prompt: Any, count: Any, seed: Any, steps: Any, guidance: An
 
 def shown_messages(messages: Sequence[Message], cache: str) -> list[dict[str, Any]]:
     """A conversation in the form that `gradio.Chatbot` takes; pictures as PNG files in its cache."""
-    from gradio.processing_utils import save_pil_to_cache
-
     shown = []
     for message in messages:
         content: list[Any] = []
         for part in message.parts:
             if part.picture is not None:
-                content.append(
-                    {"path": save_pil_to_cache(part.picture, cache, "picture", "png"), "alt_text": "picture"}
-                )
+                content.append({"path": picture_file(part.picture, cache), "alt_text": "picture"})
             elif part.text is None:
                 content.append({"type": "text", "text": "drawing ..."})
             elif part.text:

@@ -268,6 +268,7 @@ def test_files_are_written_in_one_place():
     inside = {  # each of them is given a folder that appears whole
         "modeling_pisces/hub/export.py",
         "modeling_pisces/pipeline_pisces.py",
+        "pisces_demo/space.py",
         "pisces_commands/writing.py",
         "finetune/parts/assemble.py",
         "finetune/parts/captioned.py",
@@ -283,7 +284,7 @@ def test_files_are_written_in_one_place():
     writing = re.compile(
         r"write_text\(|write_bytes\(|open\(\"[wax]|, \"[wax]b?\"|json\.dump\(|savefig\(path|\.save\((path|folder)"
     )
-    for room in (GROUND, "modeling_pisces", "finetune", "evaluation", "benchmarks", "demo", "examples"):
+    for room in (GROUND, "modeling_pisces", "pisces_demo", "finetune", "evaluation", "benchmarks", "demo", "examples"):
         for path in python_files(room):
             if (name := path.relative_to(ROOT).as_posix()) not in inside:
                 found = writing.findall(path.read_text(encoding="utf-8"))
