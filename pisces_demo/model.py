@@ -202,6 +202,8 @@ class DemoModel:
         room = self._room(inputs["input_ids"].shape[1])
         ends = (config.gen_start_token_id, config.gen_end_token_id) if self.can_draw else (None, None)
         streamer = PartStreamer(self.processor.tokenizer, *ends, say)
+        generator = _generator(seed)  # one for the answer: of the vectors' noise, if the head has any, then of pixels
+        is_random = self.can_draw and self.model.model.gen_head.is_stochastic
         output = self.model.generate(
             **inputs,
             generation_mode=mode,
@@ -209,6 +211,7 @@ class DemoModel:
             do_sample=False,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([StopWhenSet(stop)]),
+            **({"generator": generator} if is_random else {}),
         )
         parts = streamer.parts
         vectors = getattr(output, "image_vectors", None)
@@ -216,7 +219,7 @@ class DemoModel:
         for index, part in enumerate(marks[: 0 if vectors is None else len(vectors)]):
             if stop.is_set():
                 return
-            part.picture = self._draw(seed + index, stop, None, image_vectors=vectors[index : index + 1])
+            part.picture = self._draw(generator, stop, None, image_vectors=vectors[index : index + 1])
             part.vectors = vectors[index].cpu()
             say(list(parts))
         if not any(part.text or part.picture for part in parts) and not stop.is_set():
@@ -276,7 +279,7 @@ class DemoModel:
                 say(_snapshot(drawn, f"picture {number} of {total}, {what}seed {seed}: the model writes its vectors"))
                 tell = _step_teller(drawn, f"picture {number} of {total}, {what}seed {seed}", say)
                 with self.attached.off() if is_base else nullcontext():
-                    picture = self._draw(seed, stop, tell, prompt=[prompt], **options)
+                    picture = self._draw(_generator(seed), stop, tell, prompt=[prompt], **options)
                 if picture is None:
                     return
                 (drawn.pictures if is_base or not compare else drawn.others).append((picture, f"seed {seed}"))
@@ -306,7 +309,7 @@ class DemoModel:
     def _edit(self, source: Image.Image, seed: int, options: dict, say: Say, stop: threading.Event) -> None:
         start = time.perf_counter()
         say(Drawn(status="the model looks at the picture"))
-        edited = self._draw(seed, stop, _step_teller(Drawn(), f"seed {seed}", say), **options)
+        edited = self._draw(_generator(seed), stop, _step_teller(Drawn(), f"seed {seed}", say), **options)
         if edited is None:
             return
         # a slider lays one over the other; the model, too, sees a picture stretched to its own size
@@ -323,9 +326,13 @@ class DemoModel:
         }
 
     def _draw(
-        self, seed: int, stop: threading.Event, tell: Callable[[int, int], None] | None, **options: Any
+        self,
+        generator: torch.Generator,
+        stop: threading.Event,
+        tell: Callable[[int, int], None] | None,
+        **options: Any,
     ) -> Image.Image | None:
-        """One picture, from noise of its own seed; None if it was stopped."""
+        """One picture; None if it was stopped."""
 
         def after_step(pipeline: Any, step: int, timestep: Any, tensors: dict) -> dict:
             if stop.is_set():
@@ -336,7 +343,6 @@ class DemoModel:
 
         if stop.is_set():
             return None
-        generator = torch.Generator("cpu").manual_seed(seed)  # on the CPU: equal numbers on every device
         images = self.pipeline(generator=[generator], callback_on_step_end=after_step, **options).images
         return None if stop.is_set() else images[0]
 
@@ -349,6 +355,10 @@ class StopWhenSet(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         return torch.full((input_ids.shape[0],), self.stop.is_set(), device=input_ids.device)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)  # on the CPU: equal numbers on every device
 
 
 def _seeds(first: Any, count: int) -> list[int]:
