@@ -129,11 +129,11 @@ class FromScratch:
 
     @property
     def pictures(self) -> PictureData:
-        return load_pictures(self.train)
+        return load_pictures(self.train).with_texts
 
     @property
     def unseen(self) -> PictureData:
-        return load_pictures(self.heldout)
+        return load_pictures(self.heldout).with_texts
 
     def all_steps(self) -> dict[str, tuple[dict[str, Any], Callable[[], Any]]]:
         """Every step in order: its settings, which must not change once it has begun, and what does it."""

@@ -97,8 +97,8 @@ def load_rows(run: LoraDecoderArguments, side: int) -> tuple[PictureData, Pictur
     """
     folder = Path(run.output_dir) / "pictures"
     prepare(run.data, side, folder / "train", run.heldout_share, folder / "heldout")
-    train_data, heldout = load_pictures(folder / "train"), load_pictures(folder / "heldout")
-    kept = None if run.keep is None else load_pictures(run.keep, side, folder=folder / "keep")
+    train_data, heldout = (load_pictures(folder / name).with_texts for name in ("train", "heldout"))
+    kept = None if run.keep is None else load_pictures(run.keep, side, folder=folder / "keep").with_texts
     return train_data, heldout, kept
 
 

@@ -38,7 +38,8 @@ class StageArguments(RunArguments):
     checkpoint: str = field(default="", metadata={"help": "checkpoint folder to start from"})
     stage: str = field(default="pretrain", metadata={"help": "pretrain, detail, instruct or review"})
     pattern: str = field(
-        default="ug", metadata={"help": "blocks of one step: u understanding, g generation, d discussion of a drawing"}
+        default="ug",
+        metadata={"help": "blocks of one step: u understanding, g generation, d discussion, e edits; in order"},
     )
     num_questions: int = field(default=6, metadata={"help": "questions per picture in the last two stages"})
     schedule: str = field(

@@ -79,12 +79,13 @@ CHAT_TEMPLATE = """\
 
 
 def data_texts(data: PictureData) -> list[str]:
-    """Every caption, question and answer."""
+    """Every caption, question, answer and instruction."""
     texts = [*SHORT_REQUESTS, *DETAILED_REQUESTS]
     for record in data.records:
         texts += record["captions"]
         for turn in (turn for turns in record["conversations"] for turn in turns):
             texts += [turn[name] for name in ("question", "paraphrase", "answer") if name in turn]
+        texts += [turn["instruction"] for turns in record.get("edits", ()) for turn in turns]
     return texts
 
 

@@ -51,7 +51,9 @@ class PictureData:
 
     `pictures` is (I, 3, S, S) uint8, RGB, backed by a file. `records` has one dict per picture:
     "id"; "captions", texts to draw it from, the most detailed last; "conversations", lists of turns
-    {"question", "answer"} (scenes: also "type" and "paraphrase"); "truth" where the data has one.
+    {"question", "answer"} (scenes: also "type" and "paraphrase"); "truth" where the data has one; "edits" where the
+    picture is the source of some: lists of turns {"instruction", "picture"}, the place of the picture that it gives.
+    Pictures that nothing is said about, the results of edits, come last.
     """
 
     pictures: torch.Tensor
@@ -61,6 +63,27 @@ class PictureData:
     def captions(self) -> list[list[str]]:
         """Each picture's captions; what is answered about it where it has none."""
         return [record["captions"] or answers_of(record) for record in self.records]
+
+    @property
+    def num_with_texts(self) -> int:
+        """How many pictures have captions or questions: the first ones."""
+        return next((place for place, texts in enumerate(self.captions) if not texts), len(self.records))
+
+    @property
+    def with_texts(self) -> "PictureData":
+        """The pictures that something is said about, which is what towers and decoder are trained from.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self.num_with_texts:
+            raise ValueError("the data has edits only, but this part learns from captions or questions. Add some.")
+        return PictureData(self.pictures[: self.num_with_texts], self.records[: self.num_with_texts])
+
+
+def is_described(record: dict[str, Any]) -> bool:
+    """Whether anything is said about a picture."""
+    return bool(record["captions"] or answers_of(record))
 
 
 def answers_of(record: dict[str, Any]) -> list[str]:
@@ -164,7 +187,7 @@ def prepare(
         collected.close()
         if note := collected.what_was_left_out():
             print(note)
-        kept = [place for place, record in enumerate(collected.records) if record["captions"] or answers_of(record)]
+        kept = [place for place, record in enumerate(collected.records) if is_described(record) or "edits" in record]
         if not kept:
             raise DataError(f"{specs[0].label}: found no picture with a text; expected captions, or questions.")
         if heldout is not None and len(kept) < 2:
@@ -186,10 +209,14 @@ def choose_heldout(ids: Sequence[str], share: float) -> set[int]:
 
 
 def _write_part(folder: Path, source: Path, places: Sequence[int], collected: "_Collection", made_of: dict) -> None:
-    """The pictures at `places` of the file in `source`, their records and the index."""
-    side, records = int(collected.image_size or 0), [collected.records[place] for place in places]
+    """The pictures at `places` of the file in `source`, the results of their edits, their records and the index."""
+    side, found = int(collected.image_size or 0), collected.records
+    edits = [turn["picture"] for place in places for turns in found[place].get("edits", ()) for turn in turns]
+    places = sorted({*places, *edits}, key=lambda place: (not is_described(found[place]), place))
+    place_of = {place: number for number, place in enumerate(places)}
+    records = [_moved(found[place], place_of) for place in places]
     pictures = np.memmap(source / PICTURES_FILE, dtype=np.uint8, mode="r").reshape(-1, 3, side, side)
-    if len(places) < len(pictures):
+    if places != list(range(len(pictures))):
         with (folder / "part.bin").open("wb") as file:
             for place in places:
                 file.write(pictures[place].tobytes())
@@ -198,6 +225,15 @@ def _write_part(folder: Path, source: Path, places: Sequence[int], collected: "_
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     index = {"version": VERSION, "image_size": side, "num_pictures": len(records), "made_of": made_of}
     write_json(folder / INDEX_FILE, index)
+
+
+def _moved(record: dict[str, Any], place_of: dict[int, int]) -> dict[str, Any]:
+    """The record with the pictures of its edits at their new places; edits of which one is elsewhere are left out."""
+    if "edits" not in record:
+        return record
+    edits = [turns for turns in record["edits"] if all(turn["picture"] in place_of for turn in turns)]
+    moved = [[{**turn, "picture": place_of[turn["picture"]]} for turn in turns] for turns in edits]
+    return {**record, "edits": moved}
 
 
 class _Collection:
@@ -241,6 +277,11 @@ class _Collection:
             self._record(item["image"], item["id"]).update(item["record"])
             return
         pictures = [part["image"] for _, part in iter_pictures(item)]
+        if instructions := edits_of(item):
+            places = [self._place(picture, item["id"]) for picture in pictures]
+            turns = [{"instruction": text, "picture": at} for text, at in zip(instructions, places[1:], strict=True)]
+            self.records[places[0]].setdefault("edits", []).append(turns)
+            return
         if len(pictures) != 1:
             self.left_out[SEVERAL if pictures else NO_PICTURE] += 1
             return
@@ -251,13 +292,16 @@ class _Collection:
         record["conversations"] += [turns] if turns else []
 
     def _record(self, source: Any, name: str) -> dict[str, Any]:
-        """The record of a picture, which is read and written where it is new."""
+        return self.records[self._place(source, name)]
+
+    def _place(self, source: Any, name: str) -> int:
+        """Where the record of a picture stands, which is read and written where it is new."""
         key = source if isinstance(source, str) else hashlib.sha256(_bytes_of(source)).digest()
         if key not in self._places:
             self.file.write(self._read_picture(source).tobytes())
             self._places[key] = len(self.records)
             self.records.append({"id": name, "captions": [], "conversations": []})
-        return self.records[self._places[key]]
+        return self._places[key]
 
     def _read_picture(self, source: Any) -> np.ndarray:
         picture = load_image(source)
@@ -282,6 +326,17 @@ class _Collection:
 
 def _bytes_of(source: Any) -> bytes:
     return source if isinstance(source, bytes) else f"{source.size}".encode() + source.tobytes()
+
+
+def edits_of(row: Row) -> list[str]:
+    """The instructions of a row that shows one picture and answers each text with another; of any other row none."""
+    messages = [message for message in row["messages"] if message["role"] != "system"]
+    kinds = [[part["type"] for part in message["content"]] for message in messages]
+    asked, drawn = kinds[::2], kinds[1::2]
+    is_edit = drawn == [["image"]] * len(asked) and all(turn == ["text"] for turn in asked[1:])
+    if not is_edit or sorted(asked[0]) != ["image", "text"]:
+        return []
+    return [part["text"] for message in messages[::2] for part in message["content"] if part["type"] == "text"]
 
 
 def texts_of(row: Row, request: str) -> tuple[list[str], list[dict[str, str]]]:

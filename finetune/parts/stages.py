@@ -22,6 +22,7 @@ SHORT_REQUESTS = ("describe the picture.", "what is in the picture?", "what do y
 DETAILED_REQUESTS = ("describe the picture in detail.", "describe everything in the picture.")
 STAGES = ("pretrain", "detail", "instruct", "review")
 ASKING_STAGES = ("instruct", "review")
+EMPTY_INSTRUCTION_RATE = 0.05  # of edits, as InstructPix2Pix drops its texts (Brooks et al., 2023)
 WINDOW_BLOCKS = 16  # blocks whose rows are sorted by length together
 
 
@@ -33,9 +34,10 @@ def check_stage(stage: str, pattern: str) -> None:
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r} is not known. Choose one of {', '.join(STAGES)}.")
-    if not pattern or set(pattern) - {"u", "g", "d"}:
+    if not pattern or set(pattern) - set("ugde"):
         raise ValueError(
-            f"pattern {pattern!r}: expected letters u (understanding), g (generation), d (discussion), e.g. 'ug'."
+            f"pattern {pattern!r}: expected letters u (understanding), g (generation), d (discussion), e (edits), "
+            "e.g. 'ug'."
         )
 
 
@@ -55,7 +57,8 @@ class StageConversations(Dataset):
         num_rows: rows of the run.
         batch_size: rows of one block.
         pattern: kinds of successive blocks, repeated: "u" understanding, "g" generation, "d" discussion, where the
-            model draws and then answers questions about what it has drawn.
+            model draws and then answers questions about what it has drawn, "e" edits, where it draws after a picture
+            and an instruction.
         num_questions: questions about one picture in one conversation of the last two stages.
         empty_caption_rate: share of drawing rows whose prompt is empty; the negative side of guidance.
         vectors: (pictures, M, Dg) encoded pictures, in the order of `data`, instead of their pixels.
@@ -78,9 +81,15 @@ class StageConversations(Dataset):
         if vectors is not None and len(vectors) != len(data.records):
             raise ValueError(f"{len(vectors)} encoded pictures, {len(data.records)} rows. Encode them again.")
         self.pictures, self.rows = data.pictures, data.records
+        self.num_with_texts = data.num_with_texts
         self.drawn = [number for number, row in enumerate(self.rows) if row["captions"]]
-        if not self.drawn and set(pattern) - {"u"}:
+        self.edits = [(number, turns) for number, row in enumerate(self.rows) for turns in row.get("edits", ())]
+        if not self.drawn and set(pattern) & {"g", "d"}:
             raise ValueError(f"pattern {pattern!r} draws, but no picture has a caption. Add captions, or train 'u'.")
+        if not self.edits and "e" in pattern:
+            raise ValueError(f"pattern {pattern!r} edits, but the data has no edits. Add some, or leave 'e' out.")
+        if not self.num_with_texts and "u" in pattern:
+            raise ValueError(f"pattern {pattern!r} asks, but no picture has a text. Add captions, or train 'e' alone.")
         self.stage, self.num_rows, self.batch_size, self.pattern = stage, num_rows, batch_size, pattern
         self.num_questions, self.empty_caption_rate = num_questions, empty_caption_rate
         self.vectors, self.seed = vectors, seed
@@ -108,8 +117,9 @@ class StageConversations(Dataset):
 
     def _make_row(self, side: str, rng: random.Random) -> dict[str, Any]:
         if side == "u":
-            number = rng.randrange(len(self.rows))
-            return {"messages": self._understand(number, rng)}
+            return {"messages": self._understand(rng.randrange(self.num_with_texts), rng)}
+        if side == "e":
+            return {"messages": self._edit(*rng.choice(self.edits), rng)}
         number = self.drawn[rng.randrange(len(self.drawn))]
         messages = self._draw(number, rng, self.empty_caption_rate if side == "g" else 0.0)
         return {"messages": messages + (self._discuss(self.rows[number], rng) if side == "d" else [])}
@@ -139,12 +149,32 @@ class StageConversations(Dataset):
         caption = detailed if self.stage == "detail" and rng.random() > 0.1 else rng.choice(short or [detailed])
         if rng.random() < empty_caption_rate:
             caption = ""
+        return self._drawing_turn(caption, number)
+
+    def _drawing_turn(self, text: str, number: int) -> list[dict]:
+        """A text and the picture that answers it as two messages."""
         key = "image" if self.vectors is None else "image_vectors"
         drawn = self._picture(number) if self.vectors is None else self.vectors[number]
         return [
-            {"role": "user", "content": [{"type": "text", "text": caption}]},
+            {"role": "user", "content": [{"type": "text", "text": text}]},
             {"role": "assistant", "content": [{"type": "image", key: drawn}]},
         ]
+
+    def _edit(self, source: int, turns: list[dict], rng: random.Random) -> list[dict]:
+        """A picture, an instruction, the picture that it gives; of several turns all, or half the time one alone.
+
+        A turn alone shows the picture before it, which is how `PiscesPipeline` edits.
+        """
+        if len(turns) > 1 and rng.random() < 0.5:
+            chosen = rng.randrange(len(turns))
+            source, turns = [source, *(turn["picture"] for turn in turns)][chosen], [turns[chosen]]
+        texts = [turn["instruction"] for turn in turns]
+        if rng.random() < EMPTY_INSTRUCTION_RATE:
+            texts[0] = ""
+        pictures = [turn["picture"] for turn in turns]
+        messages = [part for turn in zip(texts, pictures, strict=True) for part in self._drawing_turn(*turn)]
+        messages[0]["content"].insert(0, {"type": "image", "image": self._picture(source)})
+        return messages
 
     def _discuss(self, row: dict, rng: random.Random) -> list[dict]:
         """A description of what was just drawn and one more question about it, in either order."""

@@ -95,11 +95,11 @@ def load_data_of(run: RunArguments, num_heldout: int) -> tuple[PictureData, Pict
     Data that is not prepared yet is prepared into `run.output`, once for all later starts.
     """
     output = Path(run.output)
-    data = load_pictures(run.data, run.image_size, folder=output / "pictures")
+    data = load_pictures(run.data, run.image_size, folder=output / "pictures").with_texts
     side = data.pictures.shape[-1]
     if run.heldout is None:
         return data, PictureData(data.pictures[:num_heldout], data.records[:num_heldout])
-    return data, load_pictures(run.heldout, side, num_heldout, output / "heldout_pictures")
+    return data, load_pictures(run.heldout, side, num_heldout, output / "heldout_pictures").with_texts
 
 
 def check_sizes(run: Any, image_size: int) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,10 +14,11 @@ from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, Sig
 
 from finetune.data.collator import PiscesDataCollator
 from finetune.parts import assemble as tiny
-from finetune.parts.captioned import load_pictures
+from finetune.parts.captioned import load_pictures, prepare
 from finetune.parts.pictures import to_pixel_values
 from finetune.parts.stages import StageConversations as Conversations
 from finetune.parts.stages import _sample_turns
+from finetune.scenes.edits import write_edits
 from finetune.scenes.render import write_scenes
 from finetune.train_stages import StageArguments, train_stage
 from modeling_pisces import PiscesGenVisionConfig, PiscesGenVisionModel
@@ -106,6 +108,56 @@ def test_a_discussion_draws_and_then_answers_about_the_drawing(data):
         assert roles == ["user", "assistant"] * 3
         assert kinds == [["text"], ["image"]] + [["text"]] * 4
         assert rows[index]["messages"][0]["content"][0]["text"]  # never about the empty prompt
+
+
+@pytest.fixture(scope="module")
+def edits(data, tmp_path_factory) -> Path:
+    """Scenes and edits of scenes, prepared together."""
+    folder = tmp_path_factory.mktemp("edits")
+    write_edits(folder / "edits", num_edits=24, seed=3)
+    return prepare([str(data), str(folder / "edits" / "rows.jsonl")], None, folder / "ready")
+
+
+def test_an_edit_shows_a_picture_and_draws_what_the_instruction_gives(edits):
+    found = load_pictures(edits)
+    vectors = torch.arange(len(found.records))[:, None, None].expand(-1, 4, 8)
+    rows = Conversations(found, "review", num_rows=256, batch_size=4, pattern="e", vectors=vectors)
+    wanted = {
+        (found.pictures[source if turn == 0 else turns[turn - 1]["picture"]].sum().item(), turns[turn]["picture"])
+        for source, record in enumerate(found.records)
+        for turns in record.get("edits", ())
+        for turn in range(len(turns))
+    }
+    lengths = set()
+    for index in range(256):
+        messages = rows[index]["messages"]
+        first, *later = [[part["type"] for part in message["content"]] for message in messages]
+        assert first == ["image", "text"] and later in ([["image"]], [["image"], ["text"], ["image"]])
+        lengths.add(len(messages))
+        shown = np.asarray(messages[0]["content"][0]["image"], dtype=np.int64).sum().item()
+        assert (shown, int(messages[1]["content"][0]["image_vectors"][0, 0])) in wanted
+    assert lengths == {2, 4}  # chained edits both ways: as one conversation, and each turn alone
+    empty = sum(rows[index]["messages"][0]["content"][1]["text"] == "" for index in range(256)) / 256
+    assert 0.01 < empty < 0.12  # one in twenty, the negative side of guidance
+
+
+def test_pictures_that_nothing_is_said_about_are_not_asked_about(edits, data):
+    found = load_pictures(edits)
+    assert found.num_with_texts == 24 < len(found.records)
+    alone = StageConversations(data, "instruct", num_rows=64, batch_size=4, pattern="ugd", seed=5)
+    beside = Conversations(found, "instruct", num_rows=64, batch_size=4, pattern="ugd", seed=5)
+    assert [alone[index] for index in range(64)] == [beside[index] for index in range(64)]
+
+
+def test_a_stage_learns_edits_beside_everything_else(edits, start, tmp_path):
+    run = run_arguments(start, edits, tmp_path / "out", stage="review", pattern="uge", learning_rate=3e-3)
+    results = json.loads((train_stage(run) / "results.json").read_text(encoding="utf-8"))
+    assert results["metrics"].keys() == {"text_loss", "image_loss"}
+
+
+def test_edits_that_are_not_there_are_asked_for(data):
+    with pytest.raises(ValueError, match=r"pattern 'ue' edits, but the data has no edits\. Add some"):
+        StageConversations(data, "review", num_rows=8, batch_size=4, pattern="ue")
 
 
 def test_hard_questions_are_asked_more_often():

@@ -186,6 +186,60 @@ def test_what_trains_no_part_is_counted_and_named(tmp_path, capsys):
         load_pictures(folder / "rows.jsonl", folder=tmp_path / "other")
 
 
+def write_edits_beside(folder):
+    """Rows of edits of the pictures of `write_folder`: one alone, two turns, and one that is no edit."""
+    shown, said = {"type": "image", "image": "0.png"}, {"type": "text", "text": "make it blue"}
+    drawn = [{"role": "assistant", "content": [{"type": "image", "image": f"{name}.png"}]} for name in (1, 2)]
+    draw(color=(9, 9, 9)).save(folder / "3.png")
+    black = {"role": "assistant", "content": [{"type": "image", "image": "3.png"}]}
+    rows = [
+        [{"role": "user", "content": [shown, said]}, drawn[0]],
+        [{"role": "user", "content": [said, shown]}, drawn[1], {"role": "user", "content": "now black"}, black],
+        [{"role": "user", "content": [shown, said]}, {"role": "assistant", "content": "no"}],
+        [{"role": "user", "content": [shown, {"type": "image", "image": "1.png"}, said]}, drawn[1]],
+    ]
+    text = "".join(json.dumps({"messages": messages}) + "\n" for messages in rows)
+    (folder / "edits.jsonl").write_text(text)
+    return folder / "edits.jsonl"
+
+
+def test_edits_are_kept_with_the_places_of_their_pictures(tmp_path, capsys):
+    folder = write_folder(tmp_path / "data")
+    edits = write_edits_beside(folder)
+    (folder / "one.json").write_text(json.dumps([{"image": "1.png", "caption": "a blue square"}]))
+    data = load_pictures([str(edits), str(folder / "one.json")], folder=tmp_path / "ready")
+    first = data.records[0]
+    one, two = first["edits"]
+    assert [turn["instruction"] for turn in (*one, *two)] == ["make it blue", "make it blue", "now black"]
+    colors = [data.pictures[turn["picture"], :, 6, 6].tolist() for turn in (*one, *two)]
+    assert colors == [[30, 30, 200], [30, 200, 30], [9, 9, 9]]
+    assert data.num_with_texts == 2  # the source was asked about, and the caption; results that nobody described last
+    assert data.captions[:2] == [["no"], ["a blue square"]] and data.with_texts.pictures.shape[0] == 2
+    assert "1 rows show or draw several pictures" in capsys.readouterr().out  # two shown at once
+
+
+def test_results_of_edits_stay_with_their_source(tmp_path):
+    folder = write_folder(tmp_path / "data")
+    (folder / "all.json").write_text(json.dumps([{"image": f"{n}.png", "caption": f"square {n}"} for n in range(3)]))
+    specs = [str(folder / "all.json"), str(write_edits_beside(folder))]
+    ready = prepare(specs, None, tmp_path / "train", 0.4, tmp_path / "held")
+    parts = [load_pictures(ready), load_pictures(tmp_path / "held")]
+    edits = [turn for data in parts for record in data.records for turns in record.get("edits", ()) for turn in turns]
+    assert len(edits) == 3
+    for data in parts:
+        wanted = {turn["picture"] for record in data.records for turns in record.get("edits", ()) for turn in turns}
+        assert wanted <= set(range(len(data.pictures))) and len(data.pictures) == len(data.records)
+
+
+def test_data_of_edits_alone_trains_no_tower(tmp_path):
+    folder = write_folder(tmp_path / "data")
+    (folder / "edits.jsonl").write_text(write_edits_beside(folder).read_text().splitlines()[0] + "\n")
+    data = load_pictures(folder / "edits.jsonl", folder=tmp_path / "ready")
+    assert len(data.records) == 2 and data.num_with_texts == 0
+    with pytest.raises(ValueError, match="edits only, but this part learns from captions or questions"):
+        data.with_texts  # noqa: B018
+
+
 def test_prepared_pictures_are_kept_until_the_data_changes(tmp_path):
     folder, ready = write_folder(tmp_path / "data"), tmp_path / "ready"
     prepare(folder, None, ready)
