@@ -35,7 +35,7 @@ from evaluation.runs.summaries import (
 )
 from evaluation.scenes.descriptions import describe_drawings
 from evaluation.scenes.detector import detect_objects, load_silhouettes
-from evaluation.scenes.edits import answer_edits, edit_summary
+from evaluation.scenes.edits import answer_edits, ask_about_edits, edit_summary, edits_against
 from evaluation.scenes.scorer import score_prompt, score_scene
 from modeling_pisces.checkpoint.adapters import attach_adapters, find_model
 from modeling_pisces.image_loading_pisces import load_image
@@ -61,7 +61,9 @@ EDIT_PROTOCOL = (
     "{scenes} One drawing per instruction, seed 0, {settings}. Edited: what is asked for is there; kept: every other "
     "object has its colour, shape and place, and the background; both: the two at once. Of chained edits the last "
     "picture is judged, where nothing is to change that nothing did. Copy: the source as it is. Redraw: the model's "
-    "own description, its words changed by the truth of the instruction, drawn."
+    "own description, its words changed by the truth of the instruction, drawn. Shift: the source's true vectors, "
+    "plus those drawn of the changed words, minus those drawn of the words before. Differences are of pairs. "
+    "Described: asked in the next turn, the model says every object of the first result with its place."
 )
 
 DATA_FILES = ("scenes.jsonl", "prompts.jsonl", "shapes.json")
@@ -345,6 +347,8 @@ def evaluate_edits(arguments: argparse.Namespace) -> dict[str, Any]:
     outcomes, drawn = answer_edits(pipeline, data, rows, world, load_silhouettes(data), kept=kept)
     parts: dict[str, Any] = {"adapters": arguments.adapter} if arguments.adapter else {}
     parts |= {way: edit_summary(values) for way, values in outcomes.items()}
+    parts["edit_minus"] = edits_against(outcomes)
+    parts["described"] = answer_summary(ask_about_edits(pipeline, data, rows, world, kept=kept))
     protocol = EDIT_PROTOCOL.format(scenes=describe_scenes(data), settings=describe_settings(pipeline))
     results = make_results(
         "edits",

@@ -1,8 +1,9 @@
 """The edits part of the scenes benchmark: is what was asked for changed, and is everything else as it was.
 
-`evaluation.scenes --edits` calls this with rows of `finetune.scenes.edits`. Three ways to answer an instruction are
-scored alike: the model's own edit, the source as it is (`copy`), and the words of the picture, changed by the row's
-own `ops` and drawn (`redraw`): that one never reads the instruction, so it is a strong baseline for a model that does.
+`evaluation.scenes --edits` calls this with rows of `finetune.scenes.edits`. Four ways to answer an instruction are
+scored alike: the model's own edit, the source as it is (`copy`), the words of the picture, changed by the row's own
+`ops` and drawn (`redraw`), and the source's true vectors, moved by what that changes in the drawn ones (`shift`). The
+last two never read the instruction, so they are strong baselines for a model that does.
 """
 
 import re
@@ -30,7 +31,7 @@ CELLS = {
 PHRASES = {place: "at the " + place if place in ("top", "bottom") else "in the " + place for place in CELLS}
 PHRASES |= {place: "on the " + place for place in ("left", "right")}
 NO_CHANGE = ("nothing", "impossible")
-WAYS = ("edit", "copy", "redraw")
+WAYS = ("edit", "copy", "redraw", "shift")
 
 # what a description says: (shape, color, size) by cell, and the background
 Words = tuple[dict[tuple[int, int], tuple[str, str, str]], str]
@@ -114,7 +115,7 @@ def write_words(words: Words) -> str:
     return f"{listed} on a {words[1]} background"
 
 
-# ---- the three ways
+# ---- the four ways
 
 
 def edit_pictures(pipeline, sources: list[Image.Image], rows: list[dict[str, Any]], seed: int) -> list[Image.Image]:
@@ -130,26 +131,87 @@ def edit_pictures(pipeline, sources: list[Image.Image], rows: list[dict[str, Any
     return pictures
 
 
+def describe_sources(
+    pipeline, sources: list[Image.Image], rows: list[dict[str, Any]], world: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """The model's description of each source as a detailed caption, and the same after the ops of all turns."""
+    request = {"type": "text", "text": REQUEST}
+    said = _ask(pipeline, [[_turn("user", {"type": "image", "image": picture}, request)] for picture in sources])
+    before, after = [], []
+    for text, row in zip(said, rows, strict=True):
+        words = read_words(text, list(world["shapes"]), list(world["colors"]))
+        before.append(write_words(words))
+        after.append(write_words(change_words(words, [op for turn in row["turns"] for op in turn["ops"]])))
+    return before, after
+
+
+def describe_results(
+    pipeline, sources: list[Image.Image], rows: list[dict[str, Any]], world: dict[str, Any], seed: int
+) -> list[bool]:
+    """Whether the model, asked in the next turn, says what the result of the first instruction is to show.
+
+    It is asked about the vectors that it has drawn; every object with its place, and the background, have to be right.
+    """
+    texts = [row["turns"][0]["instruction"] for row in rows]
+    vectors = pipeline.encode_prompt(texts, image=sources, generator=seed_generators([seed] * len(rows)))
+    said = _ask(
+        pipeline,
+        [
+            [
+                _turn("user", {"type": "image", "image": source}, {"type": "text", "text": text}),
+                _turn("assistant", {"type": "image", "image_vectors": drawn}),
+                _turn("user", {"type": "text", "text": REQUEST}),
+            ]
+            for source, text, drawn in zip(sources, texts, vectors, strict=True)
+        ],
+    )
+    right = []
+    for text, row in zip(said, rows, strict=True):
+        words, background = read_words(text, list(world["shapes"]), list(world["colors"]))
+        truth = row["turns"][0]["truth"]
+        wanted = {(item["row"], item["col"]): (item["shape"], item["color"]) for item in truth["objects"]}
+        found = {place: (shape, color) for place, (shape, color, _) in words.items()}
+        right.append(found == wanted and background == truth["background"])
+    return right
+
+
+def _turn(role: str, *parts: dict[str, Any]) -> dict[str, Any]:
+    return {"role": role, "content": list(parts)}
+
+
+def _ask(pipeline, conversations: list[list[dict[str, Any]]]) -> list[str]:
+    """Greedy answers to conversations that end in a turn of the user."""
+    model, processor = pipeline.vision_language_model, pipeline.processor
+    inputs = processor.apply_chat_template(
+        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=96, do_sample=False)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def redraw_pictures(
     pipeline, sources: list[Image.Image], rows: list[dict[str, Any]], world: dict[str, Any], seed: int
 ) -> tuple[list[Image.Image], list[str]]:
-    """The model's description of each source, changed by the ops of all turns, and drawn; and those captions."""
-    model, processor = pipeline.vision_language_model, pipeline.processor
-    content = [[{"type": "image", "image": picture}, {"type": "text", "text": REQUEST}] for picture in sources]
-    inputs = processor.apply_chat_template(
-        [[{"role": "user", "content": parts}] for parts in content],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
-    output = model.generate(**inputs, max_new_tokens=96, do_sample=False)
-    said = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    captions = []
-    for text, row in zip(said, rows, strict=True):
-        words = read_words(text, list(world["shapes"]), list(world["colors"]))
-        captions.append(write_words(change_words(words, [op for turn in row["turns"] for op in turn["ops"]])))
+    """The changed captions of the sources, drawn; and those captions."""
+    _, captions = describe_sources(pipeline, sources, rows, world)
     return pipeline(captions, generator=seed_generators([seed] * len(rows))).images, captions
+
+
+def shift_pictures(
+    pipeline, sources: list[Image.Image], rows: list[dict[str, Any]], world: dict[str, Any], seed: int
+) -> list[Image.Image]:
+    """The sources' true vectors, plus those drawn of the changed captions, minus those drawn of the captions before.
+
+    Both drawings start from the same noise. Where the words do not change, the picture is the source's reconstruction.
+    """
+    model, seeds = pipeline.vision_language_model, [seed] * len(rows)
+    pixels = pipeline.processor(gen_images=sources, return_tensors="pt")["gen_pixel_values"]
+    vectors = model.encode_gen_images(pixels.to(model.device))
+    before, after = (
+        pipeline.encode_prompt(captions, generator=seed_generators(seeds))
+        for captions in describe_sources(pipeline, sources, rows, world)
+    )
+    return pipeline(image_vectors=vectors + after - before, generator=seed_generators(seeds)).images
 
 
 @torch.no_grad()
@@ -162,7 +224,7 @@ def answer_edits(
     batch_size: int = 48,
     kept: KeptBatches | None = None,
 ) -> tuple[dict[str, Outcomes], list[tuple[dict[str, Any], dict[str, Image.Image], dict[str, bool]]]]:
-    """Answer every row in the three ways, one drawing each (seed 0), and score what its last turn asks for.
+    """Answer every row in the four ways, one drawing each (seed 0), and score what its last turn asks for.
 
     Returns:
         outcomes named KIND/SCORE by way, and for a sheet each row with its pictures by way and the scores of its edit.
@@ -174,6 +236,7 @@ def answer_edits(
             "edit": lambda sources, chunk: edit_pictures(pipeline, sources, chunk, seed=0),
             "copy": lambda sources, chunk: sources,
             "redraw": lambda sources, chunk: redraw_pictures(pipeline, sources, chunk, world, seed=0)[0],
+            "shift": lambda sources, chunk: shift_pictures(pipeline, sources, chunk, world, seed=0),
         }[way]
 
     outcomes: dict[str, Outcomes] = {way: defaultdict(list) for way in WAYS}
@@ -196,6 +259,55 @@ def answer_edits(
             if way == "edit":
                 scored[row["id"]] = answer["scores"]
     return outcomes, [(row, drawn[row["id"]], scored[row["id"]]) for row in rows]
+
+
+@torch.no_grad()
+def ask_about_edits(
+    pipeline,
+    data: Path,
+    rows: list[dict[str, Any]],
+    world: dict[str, Any],
+    batch_size: int = 48,
+    kept: KeptBatches | None = None,
+) -> Outcomes:
+    """Whether each result of a first turn is described right in the next one, by kind (`describe_results`)."""
+    kept = kept or KeptBatches()
+
+    def work(chunk: list[dict[str, Any]]) -> list[bool]:
+        return describe_results(pipeline, [load_image(data / row["image"]) for row in chunk], chunk, world, seed=0)
+
+    outcomes: Outcomes = defaultdict(list)
+    for row, is_right in kept.run("edits (described)", rows, batch_size, work):
+        outcomes[row["kind"]].append(is_right)
+    return outcomes
+
+
+def paired_difference(one: list[bool], other: list[bool]) -> dict[str, float]:
+    """The share of `one` minus that of `other`, two answers to the same rows, with its 95 % interval.
+
+    Only rows where they part count for the interval: with b and c of them its half is 1.96 sqrt(b + c - (b - c)^2 / n)
+    / n (Agresti, Categorical Data Analysis, section 11.1).
+    """
+    gained = sum(a and not b for a, b in zip(one, other, strict=True))
+    lost = sum(b and not a for a, b in zip(one, other, strict=True))
+    number, difference = len(one), gained - lost
+    half = 1.96 * (gained + lost - difference**2 / number) ** 0.5 / number
+    share = difference / number
+    return {"value": round(share, 4), "n": number, "low": round(share - half, 4), "high": round(share + half, 4)}
+
+
+def edits_against(outcomes: dict[str, Outcomes]) -> dict[str, dict[str, dict[str, float]]]:
+    """The model's own edits minus each baseline, over all rows: edited, kept and both, in pairs."""
+
+    def values(way: str, score: str) -> list[bool]:
+        return [value for name in sorted(outcomes[way]) if name.endswith(f"/{score}") for value in outcomes[way][name]]
+
+    scores = ("edited", "kept", "both")
+    return {
+        way: {score: paired_difference(values("edit", score), values(way, score)) for score in scores}
+        for way in WAYS
+        if way != "edit"
+    }
 
 
 def edit_summary(outcomes: Outcomes) -> dict[str, Any]:

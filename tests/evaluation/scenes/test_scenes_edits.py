@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,11 +13,15 @@ from evaluation.scenes import benchmark as scenes
 from evaluation.scenes.detector import detect_objects, load_silhouettes
 from evaluation.scenes.edits import (
     answer_edits,
+    ask_about_edits,
     change_words,
     edit_summary,
+    edits_against,
+    paired_difference,
     read_words,
     redraw_pictures,
     score_edit,
+    shift_pictures,
     write_words,
 )
 from finetune.scenes.edit_kinds import KINDS
@@ -125,6 +130,24 @@ def test_ops_about_what_was_not_described_change_nothing():
 # ---- the run
 
 
+def pixels_of(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).int()
+
+
+def picture_of(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+class TrueProcessor:
+    """Pixels are what they are; everything else is the model's."""
+
+    def __init__(self, model: "TrueModel"):
+        self.apply_chat_template, self.batch_decode = model.encode, model.decode
+
+    def __call__(self, gen_images, return_tensors):
+        return {"gen_pixel_values": torch.stack([pixels_of(picture) for picture in gen_images])}
+
+
 class TrueModel:
     """Describes by the truth, edits by the truth; a drawn caption is the scene that it says, looked up."""
 
@@ -136,14 +159,23 @@ class TrueModel:
             for turn in row["turns"]:
                 key = (load_image(data / image).tobytes(), turn["instruction"])
                 self.results[key] = load_image(data / turn["image"])
+                self.by_caption.setdefault(describe_in_detail(Scene.from_truth(before)), load_image(data / image))
                 before, image = turn["truth"], turn["image"]
+                self.by_pixels[load_image(data / image).tobytes()] = describe_in_detail(Scene.from_truth(before))
             self.by_caption[describe_in_detail(Scene.from_truth(before))] = load_image(data / image)
-        self.vision_language_model = SimpleNamespace(device="cpu", generate=self.generate)
-        self.processor = SimpleNamespace(apply_chat_template=self.encode, batch_decode=self.decode)
+        self.vision_language_model = SimpleNamespace(
+            device="cpu", generate=self.generate, encode_gen_images=lambda pixels: pixels
+        )
+        self.processor = TrueProcessor(self)
         self.fails = fails
 
     def encode(self, conversations, **kwargs):
-        self.shown = [conversation[0]["content"][0]["image"] for conversation in conversations]
+        self.shown = [
+            conversation[0]["content"][0]["image"]
+            if len(conversation) == 1
+            else picture_of(conversation[1]["content"][0]["image_vectors"])
+            for conversation in conversations
+        ]
         batch = {"input_ids": torch.zeros(len(conversations), 3, dtype=torch.long)}
         return type("Batch", (dict,), {"to": lambda self, device: self})(batch)
 
@@ -153,7 +185,17 @@ class TrueModel:
     def decode(self, ids, **kwargs):
         return [self.by_pixels[self.shown[i].tobytes()] for i in ids.flatten()]
 
-    def __call__(self, texts, generator, image=None):
+    def encode_prompt(self, captions, generator, image=None):
+        """A caption's vectors are the pixels of the scene that it says, an edit's those of its result."""
+        assert len(captions) == len(generator)
+        if image is not None:
+            pairs = zip(image, captions, strict=True)
+            return torch.stack([pixels_of(self.results[picture.tobytes(), text]) for picture, text in pairs])
+        return torch.stack([pixels_of(self.by_caption[text]) for text in captions])
+
+    def __call__(self, texts=None, generator=None, image=None, image_vectors=None):
+        if image_vectors is not None:
+            return SimpleNamespace(images=[picture_of(row) for row in image_vectors])
         assert len(texts) == len(generator)
         self.calls += 1
         if self.fails and self.calls == 3:
@@ -167,14 +209,58 @@ class TrueModel:
 def test_a_model_that_does_what_is_asked_scores_one_and_chained_edits_go_through_its_own_pictures(data, rows):
     world = json.loads((data / "shapes.json").read_text(encoding="utf-8"))
     outcomes, drawn = answer_edits(TrueModel(data, rows), data, rows, world, load_silhouettes(data), batch_size=16)
-    edit, copy, redraw = (edit_summary(outcomes[way]) for way in ("edit", "copy", "redraw"))
+    edit, copy, redraw, shift = (edit_summary(outcomes[way]) for way in ("edit", "copy", "redraw", "shift"))
     assert edit["overall"]["value"] == 1.0 and edit["overall"]["n"] == len(rows)
     assert set(edit["kinds"]) == set(KINDS) and set(edit["groups"]) == {"single", "two", "chained", "no_change"}
     assert edit["groups"]["single"]["both"]["n"] == 64 and edit["groups"]["no_change"]["both"]["n"] == 16
     assert copy["groups"]["single"]["both"]["value"] == 0.0 and copy["groups"]["single"]["kept"]["value"] == 1.0
     assert copy["groups"]["no_change"]["both"]["value"] == 1.0
     assert redraw["overall"]["value"] > 0.97  # two scenes of equal words may differ where nothing says so
-    assert len(drawn) == len(rows) and set(drawn[0][1]) == {"edit", "copy", "redraw"}
+    assert shift["overall"]["value"] > 0.9
+    assert len(drawn) == len(rows) and set(drawn[0][1]) == {"edit", "copy", "redraw", "shift"}
+    against = edits_against(outcomes)
+    assert against["copy"]["kept"]["value"] == pytest.approx(1 - copy["scores"]["kept"]["value"])
+    assert against["copy"]["both"]["low"] > 0.7 and against["redraw"]["both"]["value"] >= 0
+
+
+def test_the_shift_adds_what_the_words_change_to_the_source(data, rows):
+    """Vectors that are pixels: the source, and what differs between two pictures drawn of words."""
+    world = json.loads((data / "shapes.json").read_text(encoding="utf-8"))
+    unchanged = [row for row in rows if row["kind"] == "nothing"]
+    recolored = [row for row in rows if row["kind"] == "recolor"]
+    for chosen in (unchanged, recolored):
+        sources = [load_image(data / row["image"]) for row in chosen]
+        shifted = shift_pictures(TrueModel(data, rows), sources, chosen, world, seed=0)
+        wanted = [load_image(data / row["turns"][-1]["image"]) for row in chosen]
+        same = [one.tobytes() == other.tobytes() for one, other in zip(shifted, wanted, strict=True)]
+        assert sum(same) >= len(same) - 1  # two scenes of equal words may differ where nothing says so
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([True] * 10, [True] * 10, (0.0, 0.0, 0.0)),
+        ([True] * 60 + [False] * 40, [True] * 50 + [False] * 50, (0.1, 0.0412, 0.1588)),
+        ([True, False] * 50, [False, True] * 50, (0.0, -0.196, 0.196)),
+    ],
+)
+def test_the_interval_of_a_difference_counts_the_rows_where_two_ways_part(one, other, expected):
+    found = paired_difference(one, other)
+    assert (found["value"], found["low"], found["high"]) == expected and found["n"] == len(one)
+
+
+def test_a_result_is_described_in_the_next_turn(data, rows):
+    world = json.loads((data / "shapes.json").read_text(encoding="utf-8"))
+    model = TrueModel(data, rows)
+    right = ask_about_edits(model, data, rows, world, batch_size=16)
+    assert set(right) == set(KINDS) and all(all(values) for values in right.values())
+    for row in rows:  # it says what the source shows: right where nothing is to change
+        for turn in row["turns"]:
+            model.by_pixels[load_image(data / turn["image"]).tobytes()] = describe_in_detail(
+                Scene.from_truth(row["truth"])
+            )
+    wrong = ask_about_edits(model, data, rows, world, batch_size=16)
+    assert not any(wrong["recolor"]) and not any(wrong["background"]) and not any(wrong["move"])
 
 
 def test_redrawing_hands_over_the_changed_words(data, rows):
@@ -202,6 +288,7 @@ def test_the_command_writes_results_and_a_sheet_and_goes_on_after_a_kill(data, r
     results = json.loads((tmp_path / "edits.json").read_text(encoding="utf-8"))
     assert results["benchmark"] == "edits" and results["edit"]["overall"]["n"] == 24
     assert set(results["edit"]["kinds"]["recolor"]) == {"edited", "kept", "both"}
+    assert results["described"]["overall"]["value"] == 1.0 and results["edit_minus"]["copy"]["both"]["value"] > 0.5
     assert results["settings"]["num_edits"] == 24 and "6 steps" in results["run"]["protocol"]
     assert load_image(tmp_path / "edits_edits.png").width > 500
     assert 'edit {"value": 1.0, "n": 24' in capsys.readouterr().out
