@@ -6,6 +6,7 @@ and shards all call `RowMaker`; where the record came from is theirs to say. Tur
 pictures find their places in `places`.
 """
 
+import hashlib
 import re
 from collections import Counter
 from typing import Any
@@ -38,10 +39,10 @@ ALIASES = {
     "input": ("input", "context"),
     "output": ("output", "response"),
     "system": ("system", "system_prompt"),
-    # InstructPix2Pix, its filtered edition, MagicBrush, HQ-Edit
-    "source": ("input_image", "original_image", "source_image", "source_img"),
-    "edit": ("edit_prompt", "edit_instruction", "instruction", "edit"),
-    "target": ("edited_image", "target_image", "target_img", "output_image"),
+    # InstructPix2Pix, its filtered edition, MagicBrush, HQ-Edit, UltraEdit, OmniEdit, ImgEdit
+    "source": ("input_image", "original_image", "source_image", "source_img", "src_img", "input_images"),
+    "edit": ("edit_prompt", "edit_instruction", "instruction", "edit", "edited_prompt_list", "prompt"),
+    "target": ("edited_image", "target_image", "target_img", "output_image", "edited_img", "output_images"),
 }
 # Shape -> the fields that show it, in the order of precedence
 FIELDS_OF = {
@@ -53,6 +54,7 @@ FIELDS_OF = {
     "instruction": ("instruction", "output"),
     "question": ("question", "answer"),
     "pair": ("image", "prompt"),
+    "edits": ("data",),  # ImgEdit in several turns
 }
 SHAPES = (
     "messages; conversations; texts; image, question and answer; image and prompt (or caption); prompt and "
@@ -145,7 +147,7 @@ class RowMaker:
             rows = self._pairs(fields, row_id)
             fields.refuse_meaningful()
             return rows
-        messages = _messages_of(fields, shape, unused)
+        messages = _messages_of(fields, shape, unused, row_id)
         if (system := fields.take("system")) is not None:
             messages = with_system(messages, system)
         fields.refuse_meaningful()
@@ -283,12 +285,13 @@ def _is_picture(value: Any) -> bool:
     return isinstance(value, bytes) or (isinstance(value, str) and value.lower().endswith(tuple(PICTURE_SUFFIXES)))
 
 
-def _messages_of(fields: _Fields, shape: str, unused: Counter) -> Messages:
+def _messages_of(fields: _Fields, shape: str, unused: Counter, row_id: str) -> Messages:
     """The messages of a record that is no pair, its pictures in their places."""
     if shape == "edit":
-        source, asked, target = (fields.take(name) for name in ("source", "edit", "target"))
-        shown, drawn = ([{"type": "image", "image": picture}] for picture in (source, target))
-        return exchange([*shown, text_part(_text(asked, "edit_prompt"))], drawn)
+        return _edit(fields, row_id)
+    if shape == "edits":
+        fields.used.add("data")
+        return _edits(fields.record["data"], row_id)
     if shape == "question":
         asked, answer = _text(fields.take("question"), "question"), _answer(fields.take("answer"))
         messages = exchange([text_part(asked)], [text_part(answer)])
@@ -309,6 +312,35 @@ def _messages_of(fields: _Fields, shape: str, unused: Counter) -> Messages:
         for index, message in enumerate(messages):
             check_keys(message, f"messages[{index}]", unused)
     return place_pictures(messages, fields.pictures(), at_front=shape != "conversations")
+
+
+def _edit(fields: _Fields, row_id: str) -> Messages:
+    """One or several pictures and an instruction, answered by one picture.
+
+    A list of instructions is one in several wordings (OmniEdit): the row's name says which is taken.
+    """
+    sources, targets = (
+        [*value] if isinstance(value := fields.take(name), (list, tuple)) else [value] for name in ("source", "target")
+    )
+    if not sources or len(targets) != 1:
+        raise DataError(f"found {len(sources)} pictures to edit and {len(targets)} results, expected 1 or more and 1")
+    asked = fields.take("edit")
+    if isinstance(asked, (list, tuple)) and asked:
+        asked = asked[int(hashlib.sha256(row_id.encode()).hexdigest(), 16) % len(asked)]
+    shown, drawn = ([{"type": "image", "image": picture} for picture in found] for found in (sources, targets))
+    return exchange([*shown, text_part(_text(asked, "edit_prompt"))], drawn)
+
+
+def _edits(turns: Any, row_id: str) -> Messages:
+    """Several edits in turn as one conversation; each turn shows what it says it changes."""
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise DataError(f"data: found {show(turns)}, expected a list of edits")
+    messages: Messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not all(_name_in(turn, name) for name in FIELDS_OF["edit"]):
+            raise DataError(f"data[{number}]: found {show(turn)}, expected input_images, prompt and output_images")
+        messages += _edit(_Fields(turn), row_id)
+    return messages
 
 
 def _own_messages(messages: Any, pictures: dict[int, Any], unused: Counter) -> Any:

@@ -43,6 +43,10 @@ def folder(tmp_path, monkeypatch):
     Path("table.parquet").write_bytes(Path("owner/name/train.parquet").read_bytes())
     for shard in range(2):
         write_tar(Path(f"shards/data-00{shard}.tar"), {"000017.jpg": picture(format="JPEG"), "000017.txt": "Rex"})
+    words = {"before": datasets.Image(), "words": datasets.Value("string"), "after": datasets.Image()}
+    edit = {"before": [{"bytes": picture()}], "words": ["make it night"], "after": [{"bytes": picture()}]}
+    Path("edits").mkdir()
+    datasets.Dataset.from_dict(edit, features=datasets.Features(words)).to_parquet("edits/part-0.parquet")
     write_checkpoint(tmp_path / "pisces-tiny")
     return tmp_path
 
@@ -55,6 +59,7 @@ def test_the_page_shows_the_files_that_it_talks_about():
         "questions.csv",
         "llava.json",
         "mixture.yaml",
+        "edits.yaml",
         "broken.jsonl",
     }
 
@@ -72,6 +77,11 @@ def test_each_file_gives_the_rows_that_the_page_promises(folder):
     assert [side_of(row) for row in load_data("captions.jsonl")] == ["generation", "generation"]
     assert [side_of(row) for row in load_data("llava.json")] == ["understanding", "understanding", "generation"]
     assert prompt(load_data("llava.json")[1]) == "and : who is who?"
+
+
+def test_a_streamed_table_of_edits_is_read_by_its_columns(folder):
+    row = next(iter(load_data("edits.yaml")))
+    assert side_of(row) == "both" and row["messages"][0]["content"][1]["text"] == "make it night"
 
 
 def test_each_spec_can_be_loaded(folder):

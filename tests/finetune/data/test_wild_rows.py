@@ -1,5 +1,6 @@
 """Claims about records as public data sets have them: read as their owners mean them, or refused by name."""
 
+import itertools
 import json
 
 import datasets
@@ -99,6 +100,11 @@ def _short(message):
         # edits and instructions
         ({"input_image": RED, "edit_prompt": "make it green", "edited_image": GREEN}, ["u:RED|make it green a:GREEN"]),
         ({"source_img": RED, "instruction": "make it green", "target_img": GREEN}, ["u:RED|make it green a:GREEN"]),
+        ({"source_image": RED, "edit_prompt": "green", "edited_image": GREEN, "source_caption": "x"}, ["u:RED|green a:GREEN"]),
+        ({"src_img": RED, "edited_prompt_list": ["green"], "edited_img": GREEN, "o_score": 9.0}, ["u:RED|green a:GREEN"]),
+        ({"input_images": [RED], "prompt": "green", "output_images": [GREEN]}, ["u:RED|green a:GREEN"]),
+        ({"input_images": [RED, GREEN], "prompt": "join", "output_images": [GREEN]}, ["u:RED|GREEN|join a:GREEN"]),
+        ({"data": [{"input_images": [RED], "prompt": "green", "output_images": [GREEN]}, {"input_images": [GREEN], "prompt": "back", "output_images": [RED]}]}, ["u:RED|green a:GREEN u:GREEN|back a:RED"]),
         ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, ["u:Add.\n1 and 2 a:3"]),
         ({"instruction": "What colour?", "input": "", "output": "Red", "images": [RED]}, ["u:RED|What colour? a:Red"]),
     ],
@@ -112,6 +118,11 @@ def test_records_are_read_as_their_owners_mean_them(record, rows):
     [
         ({"image": RED, "caption": "  "}, "prompt: found a blank text, expected words"),
         ({"image": RED, "caption": "<image>"}, "prompt: found a blank text, expected words"),
+        ({"input_images": [], "prompt": "x", "output_images": [RED]}, "found 0 pictures to edit and 1 results, expected 1 or more and 1"),
+        ({"input_images": [RED], "prompt": "x", "output_images": [RED, GREEN]}, "found 1 pictures to edit and 2 results"),
+        ({"src_img": RED, "edited_prompt_list": [], "edited_img": GREEN}, r"edit_prompt: found list \[\], expected a text"),
+        ({"data": "x"}, "data: found str 'x', expected a list of edits"),
+        ({"data": [{"input_images": [RED], "prompt": "x"}]}, r"data\[0\]: found dict .*, expected input_images, prompt and output_images"),
         ({"image": RED, "caption": ["red", " "]}, "prompt: found a blank text"),
         ({"image": RED, "question": " ", "answer": "Red"}, "question: found a blank text"),
         ({"image": RED, "question": "What?", "answers": [" "]}, "answers: found a blank text"),
@@ -207,6 +218,48 @@ def test_a_drawing_that_is_not_trained_has_no_image_labels():
     processor = make_processor()
     labels = PiscesDataCollator(processor)([row])["labels"]
     assert processor.decode(labels[0][labels[0] != -100]) == "c<|eot_id|>"
+
+
+def test_one_of_several_wordings_is_taken_by_the_name_of_the_row():
+    record = {"src_img": RED, "edited_prompt_list": ["green", "make it green"], "edited_img": GREEN}
+    maker = RowMaker(DataSpec("x"), PictureFolder("."))
+    said = [maker(record, f"row-{n}")[0]["messages"][0]["content"][1]["text"] for n in range(40)]
+    assert said == [maker(record, f"row-{n}")[0]["messages"][0]["content"][1]["text"] for n in range(40)]
+    assert 10 < said.count("green") < 30
+
+
+OMNI_EDIT = {
+    "src_img": datasets.Image(),
+    "edited_img": datasets.Image(),
+    "edited_prompt_list": datasets.List(datasets.Value("string")),
+}
+
+
+@pytest.mark.parametrize(
+    ("features", "names", "columns"),
+    [
+        (OMNI_EDIT, ("src_img", "edited_prompt_list", "edited_img"), {}),
+        (None, ("input_image", "edit_prompt", "edited_image"), {}),
+        (
+            None,
+            ("before", "words", "after"),
+            {"input_image": "before", "edit_prompt": "words", "edited_image": "after"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_of_edits_are_read_from_parquet_by_their_columns(features, names, columns, streaming, tmp_path):
+    source, words, target = names
+    values = {source: [RED] * 3, words: [["green"]] * 3 if features else ["green"] * 3, target: [GREEN] * 3}
+    kinds = features or {source: datasets.Image(), words: datasets.Value("string"), target: datasets.Image()}
+    datasets.Dataset.from_dict(values, features=datasets.Features(kinds)).to_parquet(tmp_path / "part-0.parquet")
+    spec = {"path": str(tmp_path / "part-0.parquet"), "columns": columns, "streaming": streaming}
+    rows = load_data({key: value for key, value in spec.items() if value})
+    for row in itertools.islice(rows, 3):
+        asked, answered = (message["content"] for message in row["messages"])
+        assert [part["type"] for part in asked] == ["image", "text"] and asked[1]["text"] == "green"
+        assert asked[0]["image"].getpixel((0, 0)) == (255, 0, 0)
+        assert answered[0]["image"].getpixel((0, 0)) == GREEN.getpixel((0, 0))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
