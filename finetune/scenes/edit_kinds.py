@@ -229,10 +229,47 @@ UNCHANGED: dict[str, Callable[[Scene, random.Random], Edit | None]] = {"nothing"
 KINDS = (*SINGLE, *UNCHANGED, "two", "chained")
 
 
+def _mirror(scene: Scene, rng: random.Random) -> Edit:
+    """Left and right exchanged; the places of a row are swapped, or one of them is emptied."""
+    moved = [replace(item, col=2 - item.col, x=64 - item.x) for item in scene.objects]
+    wordings = ("mirror the picture", "flip the picture from left to right", "show it in a mirror")
+    ops = []
+    for place in sorted(looks(scene)):
+        other = (place[0], 2 - place[1])
+        if place[1] != 1 and (other not in looks(scene) or place < other):
+            ops.append({"op": "swap" if other in looks(scene) else "move", "cell": list(place), "to": list(other)})
+    return Edit("mirror", wordings, _changed(scene, scene.objects, moved), ops)
+
+
+def _everything(scene: Scene, rng: random.Random) -> Edit | None:
+    """All objects in one colour."""
+    color = rng.choice(tuple(COLORS))
+    old = [item for item in scene.objects if item.color != color]
+    if len(scene.objects) == 1 or not old:
+        return None
+    new = [
+        replace(item, color=color, rgb=_fresh(rng, (item.shape, color, item.size), (item.row, item.col)).rgb)
+        for item in old
+    ]
+    wordings = (f"make everything {color}", f"paint all objects {color}", f"turn every object {color}")
+    return Edit(
+        "everything",
+        wordings,
+        _changed(scene, old, new),
+        [{"op": "set", "cell": cell(i), "color": color} for i in old],
+    )
+
+
+# kinds that pisces-tiny was never shown: what an adapter can be taught, and how much of the rest that costs
+NEW_KINDS: dict[str, Callable[[Scene, random.Random], Edit | None]] = {"mirror": _mirror, "everything": _everything}
+
+
 def make_edit(scene: Scene, rng: random.Random, kind: str) -> Edit | None:
-    """One instruction of a kind of `SINGLE` or `UNCHANGED`; None where this draw does not fit the scene."""
-    edit = (SINGLE | UNCHANGED)[kind](scene, rng)
-    if edit is None or not is_allowed(edit.target, touched_cells(scene, edit.target)):
+    """One instruction of a kind, but not of "two" and "chained"; None where this draw does not fit the scene."""
+    edit = (SINGLE | UNCHANGED | NEW_KINDS)[kind](scene, rng)
+    if edit is None or not is_allowed(edit.target, touched := touched_cells(scene, edit.target)):
+        return None
+    if not touched and edit.target.background == scene.background and kind not in UNCHANGED:
         return None
     return edit
 
@@ -248,14 +285,15 @@ def sample_edits(rng: random.Random, kind: str, split: str = "train") -> tuple[S
     """A scene and one edit of it; of "chained" two, the second of what the first gives. "two" is one instruction.
 
     Args:
-        kind: of `KINDS`.
+        kind: of `KINDS` or `NEW_KINDS`.
         split: "train" shows no held-out combination and names no held-out colour, "heldout" does one of them.
 
     Raises:
         ValueError: an unknown kind or split.
     """
-    if kind not in KINDS or split not in SPLITS:
-        raise ValueError(f"kind {kind!r}, split {split!r}: expected one of {KINDS} and one of {SPLITS}.")
+    if kind not in (*KINDS, *NEW_KINDS) or split not in SPLITS:
+        known = (*KINDS, *NEW_KINDS)
+        raise ValueError(f"kind {kind!r}, split {split!r}: expected one of {known} and one of {SPLITS}.")
     while True:
         scene = sample_scene(rng, rng.choice(SPLITS) if split == "heldout" else "train")
         kinds = rng.sample(tuple(SINGLE), 2) if kind in ("two", "chained") else [kind]

@@ -8,13 +8,14 @@ writes a folder: `rows.jsonl` to train on, in the format of docs/data.md, and `e
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from finetune.scenes.edit_kinds import KINDS, Edit, looks, sample_edits, touched_cells
+from finetune.scenes.edit_kinds import KINDS, NEW_KINDS, Edit, looks, sample_edits, touched_cells
 from finetune.scenes.layout import SPLITS, Scene
 from finetune.scenes.render import render_scene, write_silhouettes
 from pisces_commands.arguments import COUNT, SEED, LineParser
@@ -44,13 +45,13 @@ def make_turn(before: Scene, edit: Edit, image: str, rng: random.Random) -> dict
     }
 
 
-def make_row(index: int, seed: int, split: str) -> tuple[dict[str, Any], list[Scene]]:
+def make_row(index: int, seed: int, split: str, kinds: Sequence[str] = KINDS) -> tuple[dict[str, Any], list[Scene]]:
     """Row `index` of `edits.jsonl`, and its scenes: the source, then the result of each turn.
 
     All kinds come equally often, in turn. A row depends on its arguments alone.
     """
     rng = random.Random(f"edits-{split}-{seed}-{index}")
-    kind = KINDS[index % len(KINDS)]
+    kind = kinds[index % len(kinds)]
     source, edits = sample_edits(rng, kind, split)
     scenes = [source, *(edit.target for edit in edits)]
     images = [f"images/{index:06d}-{turn}.png" for turn in range(len(scenes))]
@@ -71,13 +72,23 @@ def training_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"id": row["id"], "messages": messages}
 
 
-def write_edits(output: str | Path, num_edits: int, seed: int = 0, split: str = "train", size: int = 64) -> Path:
+def write_edits(
+    output: str | Path,
+    num_edits: int,
+    seed: int = 0,
+    split: str = "train",
+    size: int = 64,
+    kinds: Sequence[str] = KINDS,
+) -> Path:
     """Write the folder: whole afterwards, or as it was.
 
     Raises:
-        ValueError: the folder holds something, or a number is too small.
+        ValueError: the folder holds something, a number is too small, or a kind is not known.
     """
     folder = Path(output)
+    known = (*KINDS, *NEW_KINDS)
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise ValueError(f"kind {unknown[0]!r}: expected one of {', '.join(known)}.")
     if num_edits < 1:
         raise ValueError(f"num_edits {num_edits}: expected at least 1.")
     if folder.exists() and any(folder.iterdir()):
@@ -86,7 +97,7 @@ def write_edits(output: str | Path, num_edits: int, seed: int = 0, split: str = 
         (partial / "images").mkdir()
         rows = []
         for index in tqdm(range(num_edits), desc="edits", unit="edit"):
-            row, scenes = make_row(index, seed, split)
+            row, scenes = make_row(index, seed, split, kinds)
             for turn, scene in enumerate(scenes):
                 picture: Image.Image = render_scene(scene, size)
                 write_whole(partial / f"images/{index:06d}-{turn}.png", picture.save, sync=False)
@@ -94,7 +105,8 @@ def write_edits(output: str | Path, num_edits: int, seed: int = 0, split: str = 
         write_whole(partial / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(partial / "rows.jsonl", "".join(json.dumps(training_row(row)) + "\n" for row in rows))
         write_silhouettes(partial)
-        write_json(partial / "settings.json", {"seed": seed, "split": split, "size": size, "edits": num_edits})
+        settings = {"seed": seed, "split": split, "size": size, "edits": num_edits, "kinds": list(kinds)}
+        write_json(partial / "settings.json", settings)
     return folder
 
 
@@ -106,6 +118,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=SEED, default=0, help="row i depends on (seed, split, i) only")
     parser.add_argument("--split", choices=SPLITS, default="train", help="train never shows held-out combinations")
     parser.add_argument("--size", type=COUNT, default=64, help="side of the pictures in pixels, 64 or more")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=list(KINDS),
+        choices=(*KINDS, *NEW_KINDS),
+        metavar="KIND",
+        help=f"default: all but the new ones ({', '.join(NEW_KINDS)}), which pisces-tiny was never shown",
+    )
     options = parser.parse_args(arguments)
     with one_line_ending(interrupted="interrupted; nothing was written under the output's name"):
         write_edits(**vars(options))

@@ -5,11 +5,13 @@ import random
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from finetune.data import load_data
 from finetune.scenes.edit_kinds import (
     HELD_OUT_EDITS,
     KINDS,
+    NEW_KINDS,
     SINGLE,
     is_allowed,
     is_held_out_edit,
@@ -20,6 +22,7 @@ from finetune.scenes.edit_kinds import (
 )
 from finetune.scenes.edits import main, make_row, training_row, write_edits
 from finetune.scenes.layout import Scene, is_held_out
+from finetune.scenes.render import render_scene
 from modeling_pisces import load_image
 from tests.finetune.scenes.test_scenes import scene_of
 
@@ -164,3 +167,33 @@ def test_a_row_depends_on_its_index_alone_and_a_full_folder_is_refused(tmp_path)
     with pytest.raises(ValueError, match="kind 'paint', split 'train': expected one of"):
         sample_edits(random.Random(0), "paint")
     assert set(SINGLE) < set(KINDS)
+
+
+# ---- kinds that pisces-tiny was never shown
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_new_kinds_do_what_their_words_say_and_come_only_when_asked_for(split):
+    assert not set(NEW_KINDS) & set(KINDS)
+    for index in range(60):
+        row, (before, after) = make_row(index, 0, split, tuple(NEW_KINDS))
+        assert row["kind"] == tuple(NEW_KINDS)[index % 2] and row["turns"][0]["changed"]
+        words = expected_after(row["truth"], row["turns"][0]["ops"])
+        assert words == (looks(after), after.background) and before.background_rgb == after.background_rgb
+        if row["kind"] == "mirror":
+            assert {(r, 2 - c): look for (r, c), look in looks(before).items()} == looks(after)
+            flipped = render_scene(before).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            far = np.abs(np.asarray(flipped, dtype=int) - np.asarray(render_scene(after), dtype=int))
+            assert far.mean() < 3.0  # half a pixel along the outlines; another scene is 20 away
+        else:
+            (color,) = {item.color for item in after.objects}
+            assert color in row["turns"][0]["instruction"] and len(after.objects) > 1
+
+
+def test_the_command_writes_the_kinds_that_are_named(tmp_path):
+    main(["--output", str(tmp_path / "new"), "--num_edits", "4", "--kinds", "mirror"])
+    rows = [json.loads(line) for line in (tmp_path / "new/edits.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in rows} == {"mirror"} and len(rows) == 4
+    assert json.loads((tmp_path / "new/settings.json").read_text())["kinds"] == ["mirror"]
+    with pytest.raises(ValueError, match=r"kind 'turn': expected one of recolor, .*, mirror, everything"):
+        write_edits(tmp_path / "other", 4, kinds=["turn"])
