@@ -5,7 +5,7 @@
 Rows have a prompt in a user turn and a picture in an assistant turn; a folder of pictures with captions is read as
 such. The loss is on the vectors that stand for the picture, the diffusion decoder has no part in it. The adapter goes
 on the language model; the towers stay frozen. `--flavour full` also trains projector and head of the drawing side. The
-other recipes are `lora_understanding` (answer) and `lora_joint` (both, one adapter).
+other recipes are `lora_understanding` (answer), `lora_editing` (change a picture) and `lora_joint` (all, one adapter).
 """
 
 from collections.abc import Sequence

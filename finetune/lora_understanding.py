@@ -5,7 +5,7 @@
 Rows have pictures in user turns and answers in assistant turns (or no picture at all). The adapter goes on the
 language model; the towers stay frozen, and so does everything that draws. `--flavour full` also trains the projector.
 `--dry_run True` says what would happen; docs/finetune.md explains every step. The other recipes are `lora_generation`
-(draw) and `lora_joint` (both, one adapter).
+(draw), `lora_editing` (change a picture) and `lora_joint` (all, one adapter).
 """
 
 from collections.abc import Sequence

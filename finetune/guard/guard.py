@@ -26,6 +26,7 @@ from finetune.data.schema import Row
 from finetune.guard.metrics import (
     Metrics,
     measure_drawing,
+    measure_editing,
     measure_losses,
     measure_understanding,
     right_texts,
@@ -39,7 +40,7 @@ from pisces_commands.writing import write_json, write_whole
 logger = logging.get_logger(__name__)
 
 GUARD_FILE = "guard.json"
-SIDES = ("understanding", "drawing", "text")
+SIDES = ("understanding", "drawing", "editing", "text")
 LEAST_RIGHT = 0.1  # of the texts, before training: a model that knows no text gets one of 56 by chance
 MEANS_LESS = ("text_loss", "image_loss")  # the metrics that fall when things get better, judged in proportion
 
@@ -63,12 +64,12 @@ def add_guard(
         rows: from `load_guard_rows`.
         flags: the guard's flags.
         settings: the recipe's `AdapterConfig`; names the checkpoint, whose decoder makes the sheets.
-        trained: the sides that the recipe trains: "understanding", "generation".
+        trained: the sides that the recipe trains: "understanding", "generation", "editing".
     """
     if not rows:
         return None
     decoder = None
-    if "drawing" in rows:
+    if rows.keys() & {"drawing", "editing"}:
         source = {"revision": settings.model_revision, "trust_remote_code": trainer.args.trust_remote_code}
         model = base_of(trainer.model)
         decoder = load_decoder(settings.model_name_or_path, model, trainer.processing_class, **source)
@@ -93,10 +94,11 @@ class TwoSidedGuard(TrainerCallback):
 
     Args:
         trainer: a `Trainer` with a Pisces, its processor as `processing_class`. Add the guard with `add_callback`.
-        rows: "understanding": rows with words in assistant turns; "drawing": rows with pictures there; "text":
-            questions without pictures and what a right answer holds. Any may be absent. Text is watched as far as it
-            goes: where the first look finds no right answer, there is nothing to lose.
-        trained: which of the two the run trains, for the wording of warnings and for `guard.json`.
+        rows: "understanding": rows with words in assistant turns; "drawing": rows with pictures there; "editing": rows
+            that show a picture before they draw; "text": questions without pictures and what a right answer holds. Any
+            may be absent. Text is watched as far as it goes: where the first look finds no right answer, there is
+            nothing to lose.
+        trained: which of them the run trains, for the wording of warnings and for `guard.json`.
         every: steps between two measurements; None: a quarter of the run.
         tolerance: a warning says when a share, R^2 or cosine falls by more than this, or a loss rises by more than
             this part of itself.
@@ -144,7 +146,7 @@ class TwoSidedGuard(TrainerCallback):
     def _add_point(self, step: int) -> None:
         """Measure, log, print, write, warn."""
         point: dict[str, Any] = {"step": step}
-        start, sheet = time.perf_counter(), None
+        start, sheets = time.perf_counter(), {}
         with self._undisturbed():
             for side in list(self.rows):
                 point[side], drawn = self._measure(side)
@@ -152,7 +154,7 @@ class TwoSidedGuard(TrainerCallback):
                     del self.rows[side], point[side]
                     continue
                 if drawn is not None and self.decoder is not None and self.trainer.is_world_process_zero():
-                    sheet = make_sheet(self.decoder, self.rows[side], drawn, step)
+                    sheets[side] = make_sheet(self.decoder, self.rows[side], drawn, step)
         point["seconds"] = round(time.perf_counter() - start, 2)
         if not self.rows:
             return
@@ -163,8 +165,8 @@ class TwoSidedGuard(TrainerCallback):
         fallen = [(fall.side, fall.metric) for fall in find_falls(self.points, self.tolerance)]
         print(point_table(self.points, fallen, self.trained), flush=True)
         self._write()
-        if sheet is not None:
-            self._keep_sheet(sheet, step)
+        for side, sheet in sheets.items():
+            self._keep_sheet(sheet, step, side)
         for fall in find_falls(self.points, self.tolerance):
             logger.warning(self._warn(fall, step))
 
@@ -209,6 +211,8 @@ class TwoSidedGuard(TrainerCallback):
             return {"right": len(found) / len(rows), "right_rows": found}, None  # type: ignore[dict-item]
         if side == "understanding":
             return measure_understanding(model, processor, rows, batch_size), None
+        if side == "editing":
+            return measure_editing(model, processor, rows, batch_size)
         return measure_drawing(model, processor, rows, batch_size)
 
     @contextmanager
@@ -253,9 +257,10 @@ class TwoSidedGuard(TrainerCallback):
         content = self.record() | {"rows": self._row_ids()}
         write_json(self.folder / GUARD_FILE, content)
 
-    def _keep_sheet(self, sheet: Any, step: int) -> None:
-        write_whole(self.folder / "guard" / f"step-{step:06d}.png", sheet.save)
-        report_picture(self.trainer, sheet, step)
+    def _keep_sheet(self, sheet: Any, step: int, side: str) -> None:
+        name = f"step-{step:06d}" + ("" if side == "drawing" else f"-{side}")
+        write_whole(self.folder / "guard" / f"{name}.png", sheet.save)
+        report_picture(self.trainer, sheet, step, side)
 
     def _warn(self, fall: Fall, step: int) -> str:
         whose = "which this run trains" if fall.side in self.trained else "which this run does not train"

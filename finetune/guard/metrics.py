@@ -1,8 +1,9 @@
 """What the two-sided guard measures: how well a model answers one set of rows, and how well it draws another.
 
-`finetune.guard` calls `measure_understanding` and `measure_drawing` before, during and after training. Nothing is
-random: losses of a "flow" head have fixed noise in evaluation, answers are greedy, drawings are made without noise, so
-that two measurements differ because the weights do. Called in evaluation mode and without gradients.
+`finetune.guard` calls `measure_understanding`, `measure_drawing` and `measure_editing` before, during and after
+training. Nothing is random: losses of a "flow" head have fixed noise in evaluation, answers are greedy, drawings are
+made without noise, so that two measurements differ because the weights do. Called in evaluation mode and without
+gradients.
 """
 
 # B rows, M generated vectors per image, Dg width of a generated vector
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from finetune.data.collator import PiscesDataCollator
-from finetune.data.schema import Row, is_trained
+from finetune.data.schema import Row, is_trained, iter_pictures
 from finetune.guard.loss_totals import LossTotals
 
 
@@ -119,6 +120,28 @@ def measure_drawing(
     return metrics, drawn
 
 
+def measure_editing(
+    model: Any, processor: Any, rows: Sequence[Row], batch_size: int = 8
+) -> tuple[Metrics, torch.Tensor]:
+    """As `measure_drawing`, for rows that show a picture before they draw one; and whether the edit was made at all.
+
+    Returns:
+        the metrics of `measure_drawing` and "nearer_result": the share of drawings whose vectors lie nearer to the
+        wanted picture's than to those of the picture shown last, over rows whose two pictures differ; absent without
+        any. And the drawn vectors.
+    """
+    metrics, drawn = measure_drawing(model, processor, rows, batch_size)
+    exchanges = [drawing_exchange(row) for row in rows]
+    shown = [[part for role, part in iter_pictures({"messages": prompt})][-1]["image"] for prompt, _ in exchanges]
+    before = encode_pictures(model, processor, shown, batch_size)
+    after = encode_pictures(model, processor, [picture for _, picture in exchanges], batch_size)
+    far, near = ((drawn - vectors).square().sum((1, 2)) for vectors in (before, after))
+    differs = (before - after).abs().amax((1, 2)) > 1e-3
+    if differs.any():
+        metrics["nearer_result"] = float((near < far)[differs].float().mean())
+    return metrics, drawn
+
+
 def measure_losses(
     model: Any, processor: Any, rows: Sequence[Row], side: str, batch_size: int = 8, config: Any = None
 ) -> Metrics:
@@ -128,7 +151,7 @@ def measure_losses(
         model: as the trainer wraps it.
         config: the model's, where the wrapper does not have it under that name.
     """
-    name = {"understanding": "text_loss", "drawing": "image_loss", "text": "text_loss"}[side]
+    name = "image_loss" if side in ("drawing", "editing") else "text_loss"
     return {name: _losses(model, processor, rows, batch_size, config)[name]}
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import cached_file, logging
 
-from finetune.data.schema import Row
+from finetune.data.schema import Row, iter_pictures
 from finetune.guard.ceiling import find_ceiling
 from finetune.guard.metrics import drawing_exchange
 from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sheet
@@ -24,7 +24,7 @@ from modeling_pisces.console.contact_sheet import Section, Tile, make_contact_sh
 logger = logging.get_logger(__name__)
 
 MAX_TILES = 8
-TAG = "guard/drawings"
+TAGS = {"drawing": "guard/drawings", "editing": "guard/edits"}
 
 
 def load_decoder(checkpoint: str, model: Any, processor: Any, **source: Any) -> Any:
@@ -62,10 +62,12 @@ def load_decoder(checkpoint: str, model: Any, processor: Any, **source: Any) -> 
 def make_sheet(pipeline: Any, rows: Sequence[Row], drawn: torch.Tensor, step: int) -> Image.Image:
     """The first pictures that were wanted, what the model draws at this step, and the decoder's best of the wanted.
 
+    Above them stand the pictures that the prompts show, if all of them show some.
+
     Args:
         pipeline: from `load_decoder`.
         rows: drawing rows.
-        drawn: (rows, M, Dg), from `measure_drawing`.
+        drawn: (rows, M, Dg), from `measure_drawing` or `measure_editing`.
         step: for the title.
     """
     exchanges = [drawing_exchange(row) for row in rows[:MAX_TILES]]
@@ -76,6 +78,10 @@ def make_sheet(pipeline: Any, rows: Sequence[Row], drawn: torch.Tensor, step: in
     ceiling = find_ceiling(pipeline, [picture for _, picture in exchanges])
     best = [Tile(item.best, f"{item.psnr:.1f} dB") for item in ceiling]
     sections = [Section("wanted", wanted), Section(f"drawn at step {step}", made)]
+    shown = [[part["image"] for _, part in iter_pictures({"messages": prompt})] for prompt, _ in exchanges]
+    if all(shown):
+        tiles = [Tile(pictures[-1], caption) for pictures, caption in zip(shown, captions, strict=True)]
+        sections.insert(0, Section("shown", tiles))
     return make_contact_sheet([*sections, Section("the best that the decoder can draw", best)], 128, MAX_TILES)
 
 
@@ -100,12 +106,12 @@ def decode_vectors(pipeline: Any, vectors: torch.Tensor) -> list[Image.Image]:
             part.to(home)
 
 
-def report_picture(trainer: Any, picture: Image.Image, step: int) -> None:
+def report_picture(trainer: Any, picture: Image.Image, step: int, side: str = "drawing") -> None:
     """Send a sheet to the trackers among `--report_to` that take pictures: TensorBoard, trackio, W&B."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_image(TAG, np.asarray(picture), step, dataformats="HWC")
+            callback.tb_writer.add_image(TAGS[side], np.asarray(picture), step, dataformats="HWC")
     for name in ("trackio", "wandb"):
         if name in trainer.args.report_to:  # then it is installed, and its callback has started the run
             tracker = importlib.import_module(name)
-            tracker.log({TAG: tracker.Image(picture), "train/global_step": step})
+            tracker.log({TAGS[side]: tracker.Image(picture), "train/global_step": step})

@@ -16,17 +16,23 @@ from torch.utils.data import IterableDataset
 from transformers.utils import logging
 
 from finetune.data.load import load_data
-from finetune.data.schema import Row, count_pictures
+from finetune.data.schema import Row, count_pictures, iter_pictures
 from finetune.flags.ranges import check_ranges
 
 
 logger = logging.get_logger(__name__)
 
 # What the guard watches, by the flag that names its rows.
-FLAGS = {"understanding": "--guard_understanding", "drawing": "--guard_drawing", "text": "--guard_text"}
+FLAGS = {
+    "understanding": "--guard_understanding",
+    "drawing": "--guard_drawing",
+    "editing": "--guard_editing",
+    "text": "--guard_text",
+}
 EXPECTED = {
     "understanding": "words in an assistant turn",
     "drawing": "a picture in an assistant turn",
+    "editing": "a picture in a user turn before one in an assistant turn",
     "text": "a text without pictures",
 }
 # the third side: facts, sums and instructions that small chat models answer; "|" stands between right answers
@@ -35,19 +41,23 @@ OFF = "off"
 EXAMPLES = {
     "understanding": "a few dozen pictures with a question and its answer",
     "drawing": "a few dozen pictures with captions",
+    "editing": "a few dozen pictures with an instruction and its result",
 }
 SEARCHED_IN_STREAMS = 50  # rows of a stream that are looked at for each row that is wanted
 
 
 @dataclass(kw_only=True)
 class GuardArguments:
-    """Flags of the two-sided guard."""
+    """Flags of the guard."""
 
     guard_understanding: list[str] | None = field(
         default=None, metadata={"help": "rows whose answers are watched: paths or specs, as for --data"}
     )
     guard_drawing: list[str] | None = field(
         default=None, metadata={"help": "rows whose drawings are watched: paths or specs, as for --data"}
+    )
+    guard_editing: list[str] | None = field(
+        default=None, metadata={"help": "rows of edits, whose results are watched: paths or specs, as for --data"}
     )
     guard_text: list[str] | None = field(
         default=None,
@@ -80,25 +90,31 @@ def load_guard_rows(flags: GuardArguments, trained: Sequence[str], draws: bool) 
 
     Args:
         flags: the guard's.
-        trained: the sides that the recipe trains: "understanding", "generation".
+        trained: the sides that the recipe trains: "understanding", "generation", "editing".
         draws: whether the checkpoint can draw.
 
     Returns:
-        rows with opened pictures for "understanding", "drawing" and "text"; what is not watched is absent.
+        rows with opened pictures for "understanding", "drawing", "editing" and "text"; what is not watched is absent.
 
     Raises:
         ValueError: a source has no row of its side, the checkpoint cannot draw, or what `load_data` refuses.
     """
     given = {"understanding": flags.guard_understanding, "drawing": flags.guard_drawing}
-    if given["drawing"] and not draws:
-        raise ValueError("--guard_drawing: this checkpoint cannot draw (gen_vision_config=None). Leave the flag out.")
+    given |= {"editing": flags.guard_editing}
+    for side in ("drawing", "editing"):
+        if given[side] and not draws:
+            raise ValueError(
+                f"{FLAGS[side]}: this checkpoint cannot draw (gen_vision_config=None). Leave the flag out."
+            )
     rows = {side: pick_rows(data, side, flags.guard_rows) for side, data in given.items() if data}
     if flags.guard_text != [OFF]:
         own = flags.guard_text is not None  # the set of ours is watched whole
         rows["text"] = pick_rows(flags.guard_text or str(PLAIN_TEXT), "text", flags.guard_rows if own else sys.maxsize)
     for side in given:
-        is_trained = {"understanding": "understanding", "drawing": "generation"}[side] in trained
-        if side not in rows and (draws or side != "drawing"):
+        is_trained = {"drawing": "generation"}.get(side, side) in trained
+        # few checkpoints edit, so that only who trains it is told
+        concerns = {"understanding": True, "drawing": draws, "editing": is_trained}[side]
+        if side not in rows and concerns:
             why = "what it could do before can be lost" if is_trained else "though it is not trained, it can get worse"
             logger.warning(
                 f"guard: nothing watches {side} in this run; {why}. To measure it before, during and after training, "
@@ -129,6 +145,9 @@ def pick_rows(data: Any, side: str, number: int) -> list[Row]:
 def _has_side(row: Row, side: str) -> bool:
     if side == "drawing":
         return count_pictures(row)[1] > 0
+    if side == "editing":
+        roles = [role for role, _ in iter_pictures(row)]
+        return "assistant" in roles and roles[0] == "user"
     if side == "text" and any(count_pictures(row)):
         return False
     spoken = (part for message in row["messages"] if message["role"] == "assistant" for part in message["content"])

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-SIDES = ("drawing", "understanding", "text")
+SIDES = ("editing", "drawing", "understanding", "text")
 
 
 def point_table(points: Sequence[Mapping[str, Any]], fallen: Sequence[tuple[str, str]], trained: Sequence[str]) -> str:

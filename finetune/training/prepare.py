@@ -1,6 +1,6 @@
 """The data of a LoRA recipe: `prepare` reads, checks and packs its rows, or reports on them with `--dry_run`.
 
-`lora_understanding`, `lora_generation` and `lora_joint` call it between the adapter and the trainer.
+`lora_understanding`, `lora_generation`, `lora_editing` and `lora_joint` call it between the adapter and the trainer.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from finetune.data.picture_cache import KINDS, CachedPictureCollator, PictureCac
 from finetune.data.schema import Row
 from finetune.guard.rows import load_guard_rows
 from finetune.training.dry_run import print_report
-from finetune.training.recipe import RecipeArguments, Rows, check_sides, load_rows, rehearse
+from finetune.training.recipe import RecipeArguments, Rows, check_has_side, check_sides, load_rows, rehearse
 from finetune.training.sft_config import PiscesSFTConfig
 
 
@@ -51,14 +51,16 @@ def prepare(
     model: Any,
     trained: Sequence[str],
     takes: set[str] | None = None,
+    needs: str | None = None,
     advice: str = "",
 ) -> RunData | None:
     """Read, check and pack the rows of a run, and choose the collator that fits them.
 
     Args:
         model: the checkpoint with its adapter; its attention is set to what packed rows need.
-        trained: the sides that the recipe trains, "understanding" or "generation".
+        trained: the sides that the recipe trains, "understanding", "generation" or "editing".
         takes: the sides of rows that it reads, of `finetune.data.schema.side_of`; None: all of them.
+        needs: a side that some row must have.
         advice: what to use for other rows.
 
     Returns:
@@ -75,6 +77,8 @@ def prepare(
     eval_rows = load_rows(recipe.eval_data, processor, model, **limits) if recipe.eval_data else None
     if takes is not None:
         check_sides(rows, takes, advice)
+    if needs is not None:
+        check_has_side(rows, needs, advice)
     guard_rows = load_guard_rows(recipe, trained, draws=model.config.has_generation)
     collator = _make_collator(processor, rows.packed, cache)
     if recipe.dry_run:

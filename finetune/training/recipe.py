@@ -1,8 +1,8 @@
 """What the recipes share: their flags, loading a checkpoint, and rows of the right length.
 
-A recipe (`lora_understanding`, `lora_generation`, `lora_joint`) is the main line from flags to adapter; here are its
-first steps. The data of a run is put together in `prepare`, where the adapter goes is decided in `adapters`, the loop
-is in `sft_trainer`, what a run leaves behind in `run_folder`, the preflight in `dry_run`.
+A recipe (`lora_understanding`, `lora_generation`, `lora_editing`, `lora_joint`) is the main line from flags to
+adapter; here are its first steps. The data of a run is put together in `prepare`, where the adapter goes is decided in
+`adapters`, the loop is in `sft_trainer`, what a run leaves behind in `run_folder`, the preflight in `dry_run`.
 """
 
 import sys
@@ -269,3 +269,13 @@ def check_sides(rows: Rows, expected: set[str], advice: str) -> None:
     """
     if other := {side: count for side, count in rows.sides.items() if side not in {*expected, "rehearsal"}}:
         raise ValueError(f"the data has rows that this recipe does not train: {other}. {advice}")
+
+
+def check_has_side(rows: Rows, needed: str, advice: str) -> None:
+    """Refuse rows of which none has the side that a recipe is for; a stream's are not known beforehand.
+
+    Raises:
+        ValueError: counts by side, and what to use instead.
+    """
+    if rows.sides and not rows.sides.get(needed):
+        raise ValueError(f"no row shows a picture and draws one, found {rows.sides}. {advice}")

@@ -194,7 +194,7 @@ def _judge(trainer, folder: Path, recipe, adapter: AdapterConfig, rows: Rows) ->
     if not recipe.judge_rows or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
     source = {"revision": adapter.model_revision, "trust_remote_code": trainer.args.trust_remote_code}
-    heldout = guarded_rows(trainer, "drawing") or trainer.eval_dataset
+    heldout = guarded_rows(trainer, "editing") or guarded_rows(trainer, "drawing") or trainer.eval_dataset
     try:
         verdict = judge_run(
             trainer, str(adapter.model_name_or_path), rows.dataset, heldout, recipe.judge_rows, **source

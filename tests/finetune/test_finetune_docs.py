@@ -15,7 +15,7 @@ from tests.hub_server import HubServer
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/finetune.md").read_text(encoding="utf-8")
-WALK = PAGE[PAGE.index("## Fifty pictures") : PAGE.index("## Three recipes")]
+WALK = PAGE[PAGE.index("## Fifty pictures") : PAGE.index("## Four recipes")]
 COMMANDS = {"finetune.check_data": check_data.main, "finetune.lora_generation": lora_generation.main}
 TOY = ["--max_steps", "2", "--logging_steps", "1", "--use_cpu", "True", "--disable_tqdm", "True"]
 

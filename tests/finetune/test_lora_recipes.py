@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from finetune import lora_generation, lora_joint, lora_understanding, precompute
+from finetune import lora_editing, lora_generation, lora_joint, lora_understanding, precompute
 from finetune.data.collator import PiscesDataCollator
 from finetune.training import run_folder
 from finetune.training.adapters import AdapterConfig
@@ -27,8 +27,13 @@ from tests.hub_server import HubServer
 
 
 ROOT = Path(__file__).parents[2]
-RECIPES = {"understanding": lora_understanding, "generation": lora_generation, "joint": lora_joint}
-KINDS = {"understanding": "uutu", "generation": "dded", "joint": "udte"}
+RECIPES = {
+    "understanding": lora_understanding,
+    "generation": lora_generation,
+    "editing": lora_editing,
+    "joint": lora_joint,
+}
+KINDS = {"understanding": "uutu", "generation": "dded", "editing": "eede", "joint": "udte"}
 STEPS = ["--max_steps", "3", "--learning_rate", "1e-2", "--logging_steps", "1", "--lr_scheduler_type", "constant"]
 
 
@@ -163,6 +168,14 @@ def test_rows_of_the_other_side_are_refused_with_the_recipe_to_use(run):
         run("understanding", "uud")
     with pytest.raises(ValueError, match=r"does not train: \{'understanding': 2\}.*finetune.lora_joint"):
         run("generation", "uud")
+
+
+def test_data_without_edits_is_refused_by_the_recipe_for_them(run):
+    message = (
+        r"no row shows a picture and draws one, found \{'generation': 1, 'understanding': 1\}.*finetune.lora_joint"
+    )
+    with pytest.raises(ValueError, match=message):
+        run("editing", "du")
 
 
 def test_a_checkpoint_that_cannot_draw_is_refused_before_any_data_is_read(tmp_path):

@@ -66,6 +66,7 @@ def _console_commands() -> Iterator[Command]:
 COMMANDS = (
     Command("finetune.lora_understanding", _LORA, "load_checkpoint"),
     Command("finetune.lora_generation", _LORA, "load_checkpoint"),
+    Command("finetune.lora_editing", _LORA, "load_checkpoint"),
     Command("finetune.lora_joint", _LORA, "load_checkpoint"),
     Command("finetune.lora_decoder", _LORA, "set_seed"),
     Command("finetune.dpo_understanding", _LORA, "load_checkpoint"),

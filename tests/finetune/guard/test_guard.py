@@ -10,9 +10,10 @@ import torch
 import yaml
 from PIL import Image
 
-from finetune import lora_generation, lora_joint, lora_understanding
+from finetune import lora_editing, lora_generation, lora_joint, lora_understanding
 from finetune.data.collator import PiscesDataCollator
 from finetune.guard import guard as guard_module
+from finetune.guard import metrics
 from finetune.guard import pictures as guard_pictures
 from finetune.guard.guard import TwoSidedGuard, base_of, find_falls, guard_table
 from finetune.guard.metrics import measure_drawing, measure_losses, measure_understanding
@@ -30,7 +31,12 @@ from tests.fixtures import make_model, make_processor
 from tests.modeling_pisces.pipeline.pipeline_fixtures import make_full_pipeline, make_pipeline
 
 
-RECIPES = {"understanding": lora_understanding, "generation": lora_generation, "joint": lora_joint}
+RECIPES = {
+    "understanding": lora_understanding,
+    "generation": lora_generation,
+    "editing": lora_editing,
+    "joint": lora_joint,
+}
 
 
 def watched(understanding: str = "uut", drawing: str = "dde") -> dict:
@@ -371,6 +377,21 @@ def test_without_a_decoder_there_is_a_sentence(tmp_path, caplog):
     assert "has no decoder, so there will be numbers and no sheets" in caplog.text
 
 
+def test_an_edit_is_made_when_the_drawing_is_nearer_to_the_result_than_to_the_source(monkeypatch):
+    """Drawings of known distance: the result itself, the source itself, and a row whose two pictures are the same."""
+    model, processor = make_model(gen_head_type="mlp"), make_processor()
+    rows = [make_row("edit", seed) for seed in (60, 61, 62)]
+    rows[2]["messages"][1]["content"][0]["image"] = rows[2]["messages"][0]["content"][0]["image"]
+    pictures = [row["messages"][turn]["content"][0]["image"] for row, turn in zip(rows, (1, 0, 0), strict=True)]
+    made = metrics.encode_pictures(model, processor, pictures)
+    monkeypatch.setattr(metrics, "draw_vectors", lambda *args: made)
+    found, drawn = metrics.measure_editing(model, processor, rows)
+    assert found["nearer_result"] == 0.5 and torch.equal(drawn, made)
+    assert {"image_loss", "vector_r2", "vector_cosine"} < found.keys()
+    found, _ = metrics.measure_editing(model, processor, rows[2:])
+    assert "nearer_result" not in found
+
+
 # ---- rows and flags ----
 
 
@@ -387,7 +408,11 @@ def test_rows_are_spread_over_the_source_and_have_the_side(tmp_path):
 
 @pytest.mark.parametrize(
     ("side", "kinds", "expected"),
-    [("drawing", "uut", "a picture in an assistant turn"), ("understanding", "dd", "words in an assistant turn")],
+    [
+        ("drawing", "uut", "a picture in an assistant turn"),
+        ("editing", "uutd", "a picture in a user turn before one in an assistant turn"),
+        ("understanding", "dd", "words in an assistant turn"),
+    ],
 )
 def test_a_source_without_the_side_is_refused(side, kinds, expected, tmp_path):
     data = save_rows(tmp_path, make_rows(kinds))
@@ -404,12 +429,22 @@ def test_a_side_that_nothing_watches_is_named_with_its_flag(tmp_path, caplog):
     assert "add --guard_drawing ROWS" in caplog.text and "nothing watches understanding" not in caplog.text
 
 
+def test_editing_is_missed_by_whoever_trains_it_alone(caplog):
+    for trained, is_missed in ((["editing"], True), (["understanding", "generation"], False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            load_guard_rows(GuardArguments(guard_text=["off"]), trained, draws=True)
+        assert ("nothing watches editing" in caplog.text and "--guard_editing ROWS" in caplog.text) == is_missed
+
+
 def test_a_model_that_cannot_draw_has_no_drawing_to_watch(caplog):
     with caplog.at_level(logging.WARNING):
         assert load_guard_rows(GuardArguments(guard_text=["off"]), ["understanding"], draws=False) == {}
     assert "nothing watches drawing" not in caplog.text and "what it could do before can be lost" in caplog.text
     with pytest.raises(ValueError, match="--guard_drawing: this checkpoint cannot draw"):
         load_guard_rows(GuardArguments(guard_drawing=["x"]), ["understanding"], draws=False)
+    with pytest.raises(ValueError, match="--guard_editing: this checkpoint cannot draw"):
+        load_guard_rows(GuardArguments(guard_editing=["x"]), ["understanding"], draws=False)
 
 
 @pytest.mark.parametrize(
@@ -428,16 +463,18 @@ def test_impossible_flags_are_refused(flag, value, message):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_takes_the_flags_and_records_what_was_found(name, tmp_path):
     start = save_checkpoint(tmp_path / "start")
-    kinds = {"understanding": "uut", "generation": "dde", "joint": "udte"}[name]
-    data, watch = save_rows(tmp_path / "data", make_rows(kinds)), save_rows(tmp_path / "watch", make_rows("udud"))
+    kinds = {"understanding": "uut", "generation": "dde", "editing": "eed", "joint": "udte"}[name]
+    data, watch = save_rows(tmp_path / "data", make_rows(kinds)), save_rows(tmp_path / "watch", make_rows("udude"))
     flags = ["--model_name_or_path", str(start), "--data", str(data), "--output_dir", str(tmp_path / "out")]
     flags += ["--max_steps", "2", "--use_cpu", "True", "--disable_tqdm", "True", "--guard_steps", "1"]
     flags += ["--guard_rows", "1", "--guard_understanding", str(watch), "--guard_drawing", str(watch)]
+    flags += ["--guard_editing", str(watch)]
     RECIPES[name].main(flags)
     record = yaml.safe_load((tmp_path / "out/run.yaml").read_text())
     assert [point["step"] for point in record["guard"]["points"]] == [0, 1, 2]
     trained = {"understanding": ["understanding"], "generation": ["drawing"], "joint": ["understanding", "drawing"]}
+    trained |= {"editing": ["editing"]}
     assert record["guard"]["trained"] == trained[name]
     card = (tmp_path / "out/README.md").read_text()
-    for side in ("understanding", "drawing"):
+    for side in ("understanding", "drawing", "editing"):
         assert f"| {side} ({'trained' if side in trained[name] else 'not trained'}) |" in card
