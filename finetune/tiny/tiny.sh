@@ -80,6 +80,16 @@ review() { # nothing is left to do beside it, so it takes both processes
         --max_steps 3600 --warmup_steps 50 --schedule cosine --ema_decay 0.997
 }
 
+edits() { # on from the review, beside everything it knows
+    step "scene edits" "$work/edits/edits.jsonl" \
+        $python -m finetune.scenes.edits --output "$work/edits" --num_edits 48000 --seed 0 --split train
+    pictures edits "$work/scenes" "$work/edits/rows.jsonl"
+    step "edits" "$work/edited/results.json" \
+        $python -m finetune.train_stages --stage review --checkpoint "$work/review" --output "$work/edited" \
+        --data "$work/pictures/edits" --bf16 $bf16 --batch_size 32 --learning_rate 5e-4 --log_steps 20 --save_steps 60 \
+        --seed 3 --pattern uegede --num_questions 8 --max_steps 740 --warmup_steps 40 --schedule cosine --ema_decay 0.995
+}
+
 scenes scenes --num_scenes 60000 --seed 0 --split train
 scenes broad --num_scenes 30000 --seed 2 --split train --broad_colors
 scenes heldout --num_scenes 1500 --seed 1 --split heldout
@@ -99,10 +109,11 @@ second=$!
 three_stages
 wait $second
 review
+edits
 
 step "finished folder" "$work/pisces-tiny/model_index.json" \
-    $python -m finetune.parts finish --checkpoint "$work/review" --decoder "$work/decoder" --data "$work/scenes" \
-    --output "$work/pisces-tiny"
+    $python -m finetune.parts finish --checkpoint "$work/edited" --decoder "$work/decoder" \
+    --data "$work/pictures/edits" --output "$work/pisces-tiny"
 for split in shown heldout; do
     step "score: $split" "$work/pisces-tiny-$split.json" \
         $python -m evaluation.scenes --model "$work/pisces-tiny" --data "$work/$split" --output "$work/pisces-tiny-$split.json"

@@ -210,7 +210,7 @@ def test_data_without_a_usable_row_ends_in_one_line(content, message, start, tmp
 @pytest.mark.parametrize("file", sorted((ROOT / "finetune/configs").glob("lora_*.yaml")), ids=lambda path: path.stem)
 def test_every_config_is_read_by_its_recipe_and_flags_win(file, tmp_path):
     side = file.stem.split("_")[1]
-    arguments = {"understanding": RecipeArguments, "generation": DrawingArguments, "joint": JointArguments}[side]
+    arguments = {"understanding": RecipeArguments, "generation": DrawingArguments}.get(side, JointArguments)
     flags = ["--data", "some.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "True", "--bf16", "False"]
     recipe, training, adapter = parse_flags(arguments, ["--config", str(file), *flags, "--lora_r", "3"])
     settings = yaml.safe_load(file.read_text())
