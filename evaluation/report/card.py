@@ -2,7 +2,8 @@
 
 `evaluation.report card` calls it. A page says with a pair of markers what it wants: `results` is replaced by every
 table and picture, `claims` by one sentence. The results files are those of `evaluation.scenes`: one of held-out
-combinations, and one of shown combinations beside it if there is one. Plots are left to `evaluation.report.plots`.
+combinations, and beside it, where they are, one of shown combinations and one of edits. Plots are left to
+`evaluation.report.plots`.
 """
 
 import json
@@ -19,10 +20,11 @@ SHOWN = "shown combinations"  # the last column, where there is a file of them
 
 
 class Sources(NamedTuple):
-    """Results files of one checkpoint, by path: of held-out combinations, and of shown ones or None."""
+    """Results files of one checkpoint, by path: of held-out combinations, and of shown ones and of edits or None."""
 
     heldout: Path
     shown: Path | None = None
+    edits: Path | None = None
 
 
 def sheet_of(results: Path) -> Path:
@@ -80,6 +82,29 @@ def interleaved(heldout: dict[str, Any], shown: dict[str, Any] | None) -> str:
     return table(header[: len(parts) + 1], [*rows_of([part["categories"] for part in parts]), mean_row(parts)])
 
 
+EDIT_WAYS = {
+    "edit": "**the model**",
+    "copy": "the source as it is",
+    "redraw": "described, changed by the truth, drawn again",
+    "shift": "the source's vectors, moved by what that changes",
+}
+
+
+def edits(path: Path, page: Path) -> str:
+    """Edited and kept right, by group of instructions, beside the baselines; and the sheet."""
+    results = read_results(path, "edits")
+    groups = ("single", "two", "chained", "no_change")
+    rows = [
+        (name, *(percent(results[way]["groups"][group]["both"]) for group in groups))
+        for way, name in EDIT_WAYS.items()
+        if way in results
+    ]
+    header = ("edits: asked for and all else kept", "single", "two in one", "chained", "nothing to change")
+    sheet = path.with_name(path.stem + "_edits.png")
+    about = f"Edits: {results['run']['protocol']} Measured with {measured_with(results)}."
+    return "\n\n".join([about, table(header, rows), link_picture("edits", sheet, page)])
+
+
 def mean_row(parts: list[dict[str, Any]]) -> tuple[str, ...]:
     return ("**overall** (mean)", *(f"{part['overall']:.3f}" for part in parts))
 
@@ -115,6 +140,7 @@ def results_section(sources: Sources, page: Path) -> str:
         drawing(heldout, shown),
         reconstruction(heldout, shown),
         interleaved(heldout, shown),
+        edits(sources.edits, page) if sources.edits else "",
         "Drawings, the first of each prompt; an x marks a wrong one:",
         link_picture("drawings", sheet_of(sources.heldout), page),
         "Answers, a sample:\n\n" + answers(sources.heldout.with_name(sources.heldout.stem + "_answers.json")),

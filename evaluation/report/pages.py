@@ -37,7 +37,12 @@ def write_card(options: argparse.Namespace) -> None:
         ValueError: a page has no markers, a results file cannot be used, or, with --check, something is stale.
     """
     shown = options.shown or options.results.with_name(options.results.stem + "-shown.json")
-    sources = Sources(options.results, shown if options.shown or shown.is_file() else None)
+    edits = options.edits or options.results.with_name(options.results.stem + "-edits.json")
+    sources = Sources(
+        options.results,
+        shown if options.shown or shown.is_file() else None,
+        edits if options.edits or edits.is_file() else None,
+    )
     fresh = {page: fill(page, sources) for page in options.card}
     plot, named = plot_of(sources.heldout), named_scores(sources)
     if options.check:
@@ -82,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     card.add_argument(
         "--shown", type=Path, help="the same on shown combinations; default: RESULTS-shown.json if there"
     )
+    card.add_argument("--edits", type=Path, help="of --edits; default: RESULTS-edits.json if there")
     card.add_argument("--card", type=Path, nargs="+", default=[Path("model_card.md"), Path("README.md")], help="pages")
     card.add_argument("--check", action="store_true", help="compare only; exit code 1 if something is out of date")
     card.set_defaults(write=write_card)

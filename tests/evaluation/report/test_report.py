@@ -13,7 +13,9 @@ from evaluation.report import pages as report
 
 ROOT = Path(__file__).parents[3]
 HELDOUT, SHOWN = ROOT / "results/pisces-tiny.json", ROOT / "results/pisces-tiny-shown.json"
+EDITS = ROOT / "results/pisces-tiny-edits.json"
 PAGES = ("model_card.md", "README.md")
+GROUPS = ("single", "two", "chained", "no_change")
 SCORE = re.compile(r"(?<![\w.])[01]\.\d{2,}(?![\w.]*\d)|\d+ ?%")  # 0.91, 1.000, 40 %; no version, no part of a name
 
 
@@ -82,7 +84,7 @@ def test_the_pages_and_the_plot_of_this_repository_say_what_the_results_files_sa
 
 def test_every_score_in_the_pages_is_a_number_of_a_results_file(here):
     """Read without the code that writes them: a number that no results file has is found in any cell."""
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in (HELDOUT, SHOWN) if path.is_file()]
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in (HELDOUT, SHOWN, EDITS) if path.is_file()]
     known = {f"{number:.{digits}f}" for part in files for number in every_number(part) for digits in (2, 3)}
     protocols = [str(value) for part in files for value in part["run"].values()]
     for page in PAGES:
@@ -107,6 +109,22 @@ def test_no_score_stands_in_the_pages_outside_of_the_generated_parts(here):
 
 
 # ---- any checkpoint
+
+
+def test_edits_beside_the_results_get_a_table_with_their_baselines_and_the_sheet(tmp_path):
+    pytest.importorskip("matplotlib")
+    results, page = write_results(tmp_path), write_page(tmp_path / "pages/card.md", "results")
+    run_card(results, page)
+    assert "edits" not in page.read_text()
+    groups = {group: {"both": {"value": 0.25, "n": 8, "low": 0.1, "high": 0.5}} for group in GROUPS}
+    run = json.loads(results.read_text())["run"] | {"protocol": "Toys are changed."}
+    found = {"benchmark": "edits", "model": "toy", "edit": {"groups": groups}, "copy": {"groups": groups}, "run": run}
+    (tmp_path / "toy-edits.json").write_text(json.dumps(found))
+    run_card(results, page)
+    text = page.read_text()
+    assert "| **the model** |" + " 0.250 (0.10-0.50) |" * 4 in text and "| the source as it is | 0.250" in text
+    assert "Edits: Toys are changed. Measured with" in text and "(../toy-edits_edits.png)" in text
+    assert "drawn again" not in text  # a way that was not measured
 
 
 def test_a_number_changed_by_hand_is_found(tmp_path, capsys):
