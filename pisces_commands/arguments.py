@@ -36,6 +36,12 @@ class LineParser(argparse.ArgumentParser):
             self.error(f"argument {flag}: the value is empty, expected one. Leave the flag out for its default")
         return super().parse_known_args(args, namespace)
 
+    def _get_option_tuples(self, option_string):
+        # Flags of dataclasses have two spellings, --output_dir and --output-dir. Up to Python 3.11 argparse takes them
+        # for two flags, and calls --output ambiguous.
+        found = {id(match[0]): match for match in reversed(super()._get_option_tuples(option_string))}
+        return list(reversed(found.values()))
+
 
 def find_empty(args: Sequence[str]) -> str | None:
     """The first flag whose value is empty or blank."""

@@ -1,5 +1,7 @@
 """Claims about pictures of unusual kinds: every reader of a path makes the same pixels of it, alpha on white."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,14 @@ from PIL import Image
 from finetune.check_data import check_source, open_source
 from finetune.data.load import load_data
 from finetune.data.spec import DataSpec
+from finetune.parts.captioned import load_pictures
+from modeling_pisces import PiscesProcessor
 from modeling_pisces.console.pictures import first_usable
 from tests.finetune.data.data_files import write_jsonl
 from tests.fixtures import make_processor
+
+
+ROOT = Path(__file__).parents[3]
 
 
 def transparent(path):
@@ -58,6 +65,32 @@ def test_every_reader_makes_the_same_pixels(write, tmp_path):
             processor(**words, **{name: [picture]}, return_tensors="pt")[key] for picture in (str(path), recipe)
         )
         assert torch.equal(by_path, opened)
+
+
+@pytest.mark.parametrize("kept_as", ["file", "bytes"])
+@pytest.mark.parametrize("write", [transparent, palette, sixteen_bit, turned])
+def test_the_parts_of_a_model_learn_from_the_pixels_that_its_processor_will_show(write, kept_as, tmp_path):
+    path = tmp_path / "a.png"
+    write(path)
+    if kept_as == "file":
+        data = write_jsonl(tmp_path / "rows.jsonl", [{"image": "a.png", "caption": "a"}])
+    else:
+        data = tmp_path / "rows.parquet"
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.table({"image": [{"bytes": path.read_bytes(), "path": "a.png"}], "caption": ["a"]})
+        pytest.importorskip("pyarrow.parquet").write_table(table, data)
+    processor = PiscesProcessor.from_pretrained(
+        ROOT / "pisces-tiny"
+    )  # to a square, as `finetune.parts assemble` makes it
+    side = processor.gen_image_processor.size["height"]
+    (learned,) = load_pictures(str(data), side, folder=tmp_path / "prepared").pictures
+    pixels = [
+        processor(gen_images=[picture], return_tensors="pt")["gen_pixel_values"]
+        for picture in (str(path), Image.fromarray(learned.permute(1, 2, 0).numpy()))
+    ]
+    assert torch.equal(*pixels)
+    upright = first_usable([str(path)])(str(path)).resize((side, side), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(upright), learned.permute(1, 2, 0).numpy())
 
 
 def test_what_is_transparent_is_white_and_what_is_turned_stands_upright(tmp_path):
