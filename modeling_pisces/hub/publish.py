@@ -21,7 +21,7 @@ from ..checkpoint.adapters import MODEL_CONFIG, Adapter, find_adapter, is_adapte
 from ..checkpoint.files import check_checkpoint, read_json
 from .cards import check_card
 from .checks import check_repo_id
-from .export import export_to_folder
+from .export import AUTO_MAP, export_to_folder
 from .push import PushReport, push_folder, send_files
 
 
@@ -30,6 +30,7 @@ ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "README.md", "run.yaml",
     "guard.json", "*.png", "processor_config.json", "preprocessor_config.json", "tokenizer*", "chat_template.jinja",
 )  # fmt: skip
+PROCESSOR_CONFIG = "processor_config.json"
 DATA_HEADING = "## What it learned from"
 SAMPLES_HEADING = "## Samples"
 
@@ -119,6 +120,10 @@ def stage_adapter(source: Path, staged: Path, base: str | None, repo_id: str) ->
     if (staged / MODEL_CONFIG).is_file():
         config = read_json(staged / MODEL_CONFIG) | {"base_model_name_or_path": base}
         write_json(staged / MODEL_CONFIG, config, indent=2)
+    if (staged / PROCESSOR_CONFIG).is_file():
+        # where the package is not installed, AutoProcessor would find no such class and give a bare tokenizer
+        code = {"auto_map": {"AutoProcessor": f"{base}--{AUTO_MAP['AutoProcessor']}"}}
+        write_json(staged / PROCESSOR_CONFIG, read_json(staged / PROCESSOR_CONFIG) | code, indent=2)
     _prepare_adapter_card(staged / "README.md", adapter, base)
     text = (staged / "README.md").read_text(encoding="utf-8").replace("this-folder", repo_id)
     write_whole(staged / "README.md", text.replace(str(source), repo_id))
