@@ -40,6 +40,12 @@ class LoraDecoderArguments:
     targets: Literal["all", "attention"] = field(
         default="all", metadata={"help": "layers with an update: all that multiply, or those of attention alone"}
     )
+    latent_steps: int = field(
+        default=20,
+        metadata={
+            "help": "steps towards latents that the autoencoder paints best, where it is poor; 0: as it encodes"
+        },
+    )
     vector_noise: float = field(default=0.03, metadata={"help": "noise on vectors, in their standard deviations"})
     vector_dropout: float = field(default=0.1, metadata={"help": "share of rows whose vectors say nothing"})
     max_steps: int = field(default=800, metadata={"help": "optimizer steps of the run, those before a resume too"})
@@ -117,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     num_shown = run.num_eval_pictures
     before = decoder.measure(heldout, kept, num_shown)
     model = decoder.training_model(run.lora_r, run.targets, run.vector_noise, run.vector_dropout)
-    rows = decoder.rows(data, kept, run.keep_share)
+    rows = decoder.rows(data, kept, run.keep_share, run.latent_steps)
     result: dict[str, Any] = {}
 
     def work() -> None:

@@ -35,6 +35,8 @@ from pisces_commands.writing import whole_files, write_json, write_whole
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PUSHED = (WEIGHTS, "README.md", "run.yaml", "sheet.png")
 POOR = 22.0  # dB, of an autoencoder: colours and outlines of small pictures are visibly others below
+NUM_TRIED = 64  # pictures that tell whether an autoencoder is poor
+LATENT_RATE = 0.1  # of `fit_latents`, in standard deviations of a batch's latents
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 Measured = namedtuple("Measured", "psnr pictures")  # by name of the pictures: dB, and drawings (I, 3, S, S) uint8
 Loaded = namedtuple("Loaded", "missing_keys unexpected_keys")
@@ -118,14 +120,22 @@ class DecoderLora:
             part.requires_grad_(False)
 
     @torch.no_grad()
-    def encode(self, pictures: torch.Tensor, batch_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 pictures (I, 3, S, S) to latents (I, C, h, h) as the U-Net takes them, and vectors (I, M, Dg)."""
+    def encode(
+        self, pictures: torch.Tensor, batch_size: int = 64, latent_steps: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 pictures (I, 3, S, S) to latents (I, C, h, h) as the U-Net takes them, and vectors (I, M, Dg).
+
+        Args:
+            latent_steps: of `fit_latents` on what the autoencoder encodes; 0 keeps that.
+        """
         latents, vectors = [], []
         config, images = self.pipe.vae.config, self.pipe.processor.gen_image_processor
         shift = getattr(config, "shift_factor", None) or 0.0
         mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
         for batch in pictures.split(batch_size):
-            found = self.pipe.vae.encode(to_pixel_values(batch).to(self.pipe.vae.device)).latent_dist.mode().cpu()
+            shown = to_pixel_values(batch).to(self.pipe.vae.device)
+            found = self.pipe.vae.encode(shown).latent_dist.mode()
+            found = self.fit_latents(found, shown, latent_steps).cpu()
             if mean is not None and std is not None:
                 mean_, std_ = (torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std))
                 latents.append((found - mean_) * config.scaling_factor / std_)
@@ -136,6 +146,26 @@ class DecoderLora:
             ]
             vectors.append(self._vectors(pixels))
         return torch.cat(latents), torch.cat(vectors)
+
+    @torch.enable_grad()
+    def fit_latents(self, latents: torch.Tensor, shown: torch.Tensor, steps: int) -> torch.Tensor:
+        """Latents that the frozen autoencoder paints nearer to the pictures than those it encodes itself.
+
+        What it was never trained on it encodes worse than it paints: 16 emoji come back from pisces-tiny's latents
+        with 13.0 dB, with 17.2 after 20 steps here, with 18.3 after 40.
+
+        Args:
+            latents: (B, C, h, h) from the encoder, unscaled.
+            shown: the pictures as pixel values, (B, 3, S, S).
+            steps: of Adam on the squared error of pixels, from `latents` on.
+        """
+        fitted = latents.clone().requires_grad_()
+        optimizer = torch.optim.Adam([fitted], lr=LATENT_RATE * float(latents.std()))
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (self.pipe.vae.decode(fitted).sample - shown).square().mean().backward()
+            optimizer.step()
+        return fitted.detach()
 
     def _vectors(self, pixels: torch.Tensor) -> torch.Tensor:
         model = self.pipe.vision_language_model
@@ -150,9 +180,15 @@ class DecoderLora:
         side = config.gen_vision_config.image_size
         return self._vectors(torch.zeros(1, 3, side, side))
 
-    def rows(self, data: PictureData, kept: PictureData | None, keep_share: float) -> TensorRows:
-        """Encoded pictures to train on, each of the new ones as often as gives the kept ones their share."""
-        latents, vectors = self.encode(data.pictures)
+    def rows(
+        self, data: PictureData, kept: PictureData | None, keep_share: float, latent_steps: int = 0
+    ) -> TensorRows:
+        """Encoded pictures to train on, each of the new ones as often as gives the kept ones their share.
+
+        `latent_steps` are taken only where the autoencoder alone paints these pictures poorly.
+        """
+        is_poor = bool(latent_steps) and self.ceiling(data.pictures[:NUM_TRIED]) < POOR
+        latents, vectors = self.encode(data.pictures, latent_steps=latent_steps if is_poor else 0)
         self.deviation = float(vectors.std())
         self.model.noise *= self.deviation
         if kept is None or not keep_share:
@@ -183,7 +219,7 @@ class DecoderLora:
 
     @torch.no_grad()
     def ceiling(self, pictures: torch.Tensor) -> float:
-        """What the frozen autoencoder alone makes of pictures, PSNR in dB: no U-Net comes above it."""
+        """What the frozen autoencoder makes of pictures by its own encoding, PSNR in dB."""
         vae = self.pipe.vae
         drawn = [
             to_uint8(vae.decode(vae.encode(to_pixel_values(batch).to(vae.device)).latent_dist.mode()).sample.cpu())
@@ -236,8 +272,8 @@ def save_adapter(
     if metrics["heldout_psnr_autoencoder"] < POOR:
         print(
             f"Warning: the autoencoder alone reaches {metrics['heldout_psnr_autoencoder']} dB on these pictures, and "
-            "no adapter of the U-Net comes above that. Train its painting half first, where you can: `python -m "
-            "finetune.parts.decoder --part vae --checkpoint MODEL`."
+            "what it cannot paint no adapter of the U-Net can. Train its painting half first, where you can: `python "
+            "-m finetune.parts.decoder --part vae --checkpoint MODEL`."
         )
     return metrics
 

@@ -18,6 +18,7 @@ pytest.importorskip("diffusers")
 from finetune import lora_decoder
 from finetune.parts import decoder, trainer
 from finetune.parts.captioned import load_pictures
+from finetune.parts.pictures import to_pixel_values
 from finetune.scratch.decoder_lora import WEIGHTS, DecoderLora, push_adapter
 from modeling_pisces import PiscesPipeline
 from tests.modeling_pisces.pipeline.pipeline_fixtures import DG, make_pipeline
@@ -163,6 +164,33 @@ def test_attention_alone_has_fewer_updates_and_a_poor_autoencoder_is_named(look,
     ceiling = json.loads((tmp_path / "out/results.json").read_text())["metrics"]["heldout_psnr_autoencoder"]
     assert ceiling < 22  # pisces-tiny has never seen coloured paper
     assert f"Warning: the autoencoder alone reaches {ceiling} dB on these pictures" in capsys.readouterr().out
+
+
+def test_where_the_autoencoder_is_poor_it_is_taught_latents_that_it_paints_better(look):
+    decoder_lora = DecoderLora(str(ROOT / "pisces-tiny"))
+    pictures = load_pictures([str(look)], 64, folder=look.parent / "prepared").pictures
+    shown = to_pixel_values(pictures)
+    own, vectors = decoder_lora.encode(pictures)
+    fitted, same = decoder_lora.encode(pictures, latent_steps=6)
+    assert torch.equal(vectors, same) and not torch.equal(own, fitted)
+    scale = decoder_lora.pipe.vae.config.scaling_factor
+    with torch.no_grad():
+        errors = [(decoder_lora.pipe.vae.decode(z / scale).sample - shown).square().mean() for z in (own, fitted)]
+    assert errors[1] < 0.8 * errors[0]
+    assert torch.equal(decoder_lora.fit_latents(own, shown, 0), own)
+    assert not any(parameter.requires_grad for parameter in decoder_lora.pipe.vae.parameters())
+
+
+def test_latents_are_fitted_only_where_the_autoencoder_is_poor(look, monkeypatch):
+    decoder_lora = DecoderLora(str(ROOT / "pisces-tiny"))
+    data, asked = load_pictures([str(look)], 64, folder=look.parent / "prepared"), []
+    encode = decoder_lora.encode
+    monkeypatch.setattr(decoder_lora, "encode", lambda *a, latent_steps=0: (asked.append(latent_steps), encode(*a))[1])
+    decoder_lora.training_model(4, "attention", 0.0, 0.0)
+    for ceiling in (21.9, 22.0):
+        monkeypatch.setattr(decoder_lora, "ceiling", lambda pictures, ceiling=ceiling: ceiling)
+        decoder_lora.rows(data, None, 0.4, latent_steps=6)
+    assert asked == [6, 0]
 
 
 def test_what_cannot_be_trained_or_pushed_is_refused(look, tmp_path):
