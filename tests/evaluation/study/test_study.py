@@ -224,7 +224,10 @@ def test_a_clear_difference_is_bold_and_an_absent_side_has_no_row():
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
     assert rows[2] == ["questions answered", "both sides together", "0.301 ± 0.001", ""]
     assert rows[3] == ["", "understanding alone", "0.331 ± 0.001", "**+0.030** (+0.030 to +0.030)"]
-    assert rows[4][:2] == ["objects drawn, short captions", "both sides together"]  # a model that only draws has no row
+    assert rows[4][:2] == [
+        "objects drawn, short captions",
+        "both sides together",
+    ]  # a model that only draws has no row
     assert rows[5] == ["", "generation alone", "0.341 ± 0.001", "**+0.040** (+0.040 to +0.040)"]
     assert rows[-2:] == [
         ["reader's ceiling: objects, whole", "both sides together", "0.987, 0.954", ""],
