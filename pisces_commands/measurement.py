@@ -67,7 +67,7 @@ def wilson_interval(successes: int, total: int, z: float = 1.96) -> tuple[float,
     share, scale = successes / total, 1 + z * z / total
     middle = (share + z * z / (2 * total)) / scale
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)  # rounding alone would give -0.00 of none
 
 
 def difference_interval(

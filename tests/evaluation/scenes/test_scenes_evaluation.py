@@ -82,6 +82,12 @@ def test_the_interval_is_wilsons():
     assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
 
 
+@pytest.mark.parametrize("total", [1, 5, 10, 30, 1000])
+def test_the_interval_of_none_and_of_all_ends_at_zero_and_at_one(total):
+    assert str(wilson_interval(0, total)[0]) == "0.0"  # not -0.0
+    assert wilson_interval(total, total)[1] == pytest.approx(1) and wilson_interval(total, total)[1] <= 1
+
+
 def test_a_folder_without_scenes_ends_in_one_line(tmp_path, monkeypatch):
     flags = ["--model", "pisces-tiny", "--data", str(tmp_path), "--output", str(tmp_path / "results.json")]
     monkeypatch.setattr("sys.argv", ["scenes", *flags])
