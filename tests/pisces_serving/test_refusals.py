@@ -1,5 +1,6 @@
 """Everything that is refused is refused by name, with an honest number, in the one form that clients read."""
 
+import base64
 import json
 
 import pytest
@@ -196,7 +197,7 @@ def test_a_picture_of_too_many_pixels_is_refused_from_its_header(served):
 
 def test_a_picture_that_is_damaged_behind_its_header_is_the_senders_fault(served):
     broken = png(picture())[:-900]
-    url = data_url(picture())[:22] + __import__("base64").b64encode(broken).decode()
+    url = data_url(picture())[:22] + base64.b64encode(broken).decode()
     answer = served.ask("/v1/embeddings", {"input": url})
     assert answer.status_code == 400 and "damaged" in refusal(answer)["message"]
 
@@ -209,7 +210,9 @@ def test_of_an_edit_the_mask_and_wrong_forms_are_refused(served):
 
     for answer, words in [
         (edit({"image": image, "mask": image}), "mask is not supported"),
-        (edit({"file": image}), "0 pictures"),
+        (edit({"file": image}), "'file'"),
+        (edit({"user": (None, "me")}), "0 pictures"),
+        (edit({"image": (None, "a.png")}), "expected a file"),
         (edit([("image", image)] * 3), "3 pictures"),
         (edit({"image": ("a.png", b"")}), "0 bytes"),
         (edit({"image": ("a.png", b"hello")}), "not a picture"),
