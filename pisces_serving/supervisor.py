@@ -75,6 +75,7 @@ class Supervisor:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.listener = listen(settings.host, settings.port)
+        self.port = self.listener.getsockname()[1]
         self.child: subprocess.Popen | None = None
         self.asked_to_end: int | None = None  # the signal
         self.restarts: list[float] = []
@@ -105,7 +106,7 @@ class Supervisor:
         """Start a child and wait for its end: whether it was ready, and its exit code."""
         is_posix = os.name == "posix"
         settings = {**self.settings.as_json(), "listener": self.listener.fileno() if is_posix else None}
-        settings["port"] = self.listener.getsockname()[1]
+        settings["port"] = self.port
         options: dict[str, Any] = {"start_new_session": True, "pass_fds": [self.listener.fileno()]} if is_posix else {}
         if not is_posix:
             self.listener.close()  # the child opens it itself
@@ -126,7 +127,7 @@ class Supervisor:
             for line in self.child.stdout:
                 was_ready = was_ready or line.strip() == READY
                 if line.strip() == READY:
-                    self._say(f"ready at http://{_shown_host(self.settings.host)}:{settings['port']}/v1")
+                    self._say(f"ready at http://{_shown_host(self.settings.host)}:{self.port}/v1")
         except BrokenPipeError:
             pass  # it died before it read its settings; its own line says why
         code = self.child.wait()

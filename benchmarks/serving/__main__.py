@@ -123,7 +123,7 @@ def _fuzz(args: argparse.Namespace, deck: list[Any], pipeline: Any) -> Any:
         found["tracebacks_in_the_log"] = sum("Traceback" in line for line in server.said)
         return found
 
-    return _with_server(args, measure, *FUZZ_FLAGS.split())
+    return _with_server(args, measure, *FUZZ_FLAGS)
 
 
 def _ends(args: argparse.Namespace, deck: list[Any], pipeline: Any) -> Any:

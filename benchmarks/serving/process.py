@@ -57,6 +57,11 @@ class ServerProcess:
         pages = int(Path(f"/proc/{self.child}/statm").read_text(encoding="utf-8").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
+    def cpu_s(self) -> float:
+        """Processor time of that process so far, all threads."""
+        words = Path(f"/proc/{self.child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
     def end(self) -> int:
         """SIGTERM, and its exit code."""
         self.process.terminate()

@@ -170,11 +170,12 @@ def attach_choices(adapters: Mapping[str, Adapter], model: Any, pipeline: Any = 
     for_decoder = [a for a in adapters.values() if "decoder" in a.sides and pipeline is not None]
     peft_model = _attach_to_model(for_model, model, together=False) if for_model else None
     _attach_to_decoder(for_decoder, pipeline)
-    places = {
-        name: tuple(f"adapter_{side.index(adapter)}" if adapter in side else None for side in (for_model, for_decoder))
-        for name, adapter in adapters.items()
-    }
+    places = {name: (_place(adapter, for_model), _place(adapter, for_decoder)) for name, adapter in adapters.items()}
     return AdapterChoices(places, peft_model, pipeline if for_decoder else None)
+
+
+def _place(adapter: Adapter, side: Sequence[Adapter]) -> str | None:
+    return f"adapter_{side.index(adapter)}" if adapter in side else None
 
 
 def attach_adapters(adapters: Sequence[Adapter], model: Any, pipeline: Any = None) -> AttachedAdapters:
