@@ -45,7 +45,7 @@ def _run_git(*words: str) -> str:
 def current_command() -> str:
     """The command of this process, as `python -m package.module arguments` where it was started so."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return " ".join(["python", f"-m {spec.name}" if spec else sys.argv[0], *sys.argv[1:]])
+    return " ".join(["python", f"-m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0], *sys.argv[1:]])
 
 
 def describe_hardware() -> str:

@@ -1,11 +1,13 @@
 """The bars of `pisces serve`: right answers under load, flat memory, batching, a lone request, fuzz, dying processes.
 
 `python -m benchmarks.serving --output results/serving.json` starts servers of its own on free ports of this machine.
-Every answer is compared with the same function called directly in this process. Needs the extras `serve` and `dev`.
+Every answer is compared with the same function called directly in this process. What --parts leaves out stays in the
+results file as it was. Needs the extras `serve` and `dev`.
 """
 
 import argparse
 import asyncio
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 from pisces_commands.arguments import COUNT, SEED, LineParser, UsageError
 from pisces_commands.ending import run_command
-from pisces_commands.measurement import write_result
+from pisces_commands.measurement import current_command, current_commit, write_result
 
 
 BAR = (
@@ -64,11 +66,19 @@ def main() -> None:
         pipeline = load_pipeline(Path(args.model))
         pipeline.set_progress_bar_config(disable=True)
         deck = make_deck(pipeline, Path(args.model).name, pictures)
-        measured: dict[str, Any] = {"threads": args.threads, "load_average": round(os.getloadavg()[0], 2)}
+        measured = _kept(args.output)
         for part in args.parts:
-            measured[part] = MEASURES[part](args, deck, pipeline)
-            print(f"{part}: {measured[part]}", flush=True)
-    write_result(args.output, "serving", BAR, measured)
+            load = round(os.getloadavg()[0], 2)
+            run = {"command": current_command(), "commit": current_commit(), "load_average": load}
+            measured[part] = {**MEASURES[part](args, deck, pipeline), "run": run}
+            write_result(args.output, "serving", BAR, {"threads": args.threads, **measured})
+
+
+def _kept(output: str) -> dict[str, Any]:
+    """Parts of a results file that another run has measured."""
+    path = Path(output)
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {part: found[part] for part in PARTS if part in found}
 
 
 def _with_server(args: argparse.Namespace, measure: Callable[[Any], Any], *flags: str) -> Any:
