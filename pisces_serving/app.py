@@ -11,11 +11,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .chat import complete_chat
-from .embeddings import embed
 from .errors import ApiError
 from .flow import Gone, Server
-from .images import edit_images, generate_images
+from .routes.chat import complete_chat
+from .routes.embeddings import embed
+from .routes.images import edit_images, generate_images
 
 
 OPEN_PATHS = ("/health", "/ready")  # without the key: whoever watches the machine has none

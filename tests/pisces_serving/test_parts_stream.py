@@ -3,7 +3,7 @@
 import torch
 
 from pisces_serving.answers import PartsStream
-from pisces_serving.chat import _unsaid
+from pisces_serving.routes.chat import _unsaid
 
 
 START, END = 500, 501

@@ -8,12 +8,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from .batcher import Key
-from .errors import ApiError, shown
-from .fields import LARGEST_SEED, Fields, read_size
-from .flow import Server, Ticket, new_seed, read_form, read_json
-from .pictures import check_file, encode_png
-from .worker import Drawing, DrawingShape
+from ..batcher import Key
+from ..errors import ApiError, shown
+from ..fields import LARGEST_SEED, Fields, read_size
+from ..flow import Server, Ticket, new_seed, read_form, read_json
+from ..pictures import check_file, encode_png
+from ..worker import Drawing, DrawingShape
 
 
 MOST_GUIDANCE = 1000

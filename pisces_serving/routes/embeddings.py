@@ -7,12 +7,12 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from .batcher import Key
-from .errors import ApiError, shown
-from .fields import Fields, check_text
-from .flow import Server, Ticket, read_json
-from .pictures import read_url
-from .worker import Embedding
+from ..batcher import Key
+from ..errors import ApiError, shown
+from ..fields import Fields, check_text
+from ..flow import Server, Ticket, read_json
+from ..pictures import read_url
+from ..worker import Embedding
 
 
 async def embed(request: Request, server: Server) -> Response:

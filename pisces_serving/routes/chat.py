@@ -10,12 +10,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from .answers import Answer, Chat
-from .batcher import Key
-from .errors import ApiError, shown
-from .fields import Fields, check_text
-from .flow import Gone, Server, Ticket, new_seed, read_json
-from .pictures import encode_png, read_url
+from ..answers import Answer, Chat
+from ..batcher import Key
+from ..errors import ApiError, shown
+from ..fields import Fields, check_text
+from ..flow import Gone, Server, Ticket, new_seed, read_json
+from ..pictures import encode_png, read_url
 
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

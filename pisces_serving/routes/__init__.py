@@ -1,0 +1,1 @@
+"""What each endpoint reads, queues and answers; `app.py` puts them under their addresses."""
