@@ -5,8 +5,8 @@
     python -m benchmarks.search --part speed
 
 Each part replaces its own entry of the results file. `docs/search.md` shows the numbers, and the default kind of
-`pisces embed` follows from them. By a picture: the scene itself, saved again as a JPEG. By words: a caption of a scene;
-what is found is right if it is the scene itself, or, since many scenes look alike, one with the same contents.
+`pisces embed` follows from them. By a picture: the scene itself, saved again as a JPEG. By words: a caption of one,
+and what is found is right if it is the scene itself, or, since many look alike, one with the same contents.
 """
 
 import argparse
