@@ -22,7 +22,8 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 NAVIGATION = {
     "Start": ["architecture.md"],
     "Use and train": [
-        *("finetune.md", "from_scratch.md", "data.md", "curation.md", "edit.md", "serve.md"),
+        *("finetune.md", "from_scratch.md", "data.md", "curation.md", "edit.md"),
+        *("serve.md", "search.md", "many.md"),
         *("preferences.md", "scale.md", "speed.md", "memory.md"),
     ],
     "Build": ["assemble.md", "compatibility.md"],

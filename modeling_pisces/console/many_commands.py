@@ -131,11 +131,15 @@ def _kind_of_folder(folder: Path, kind: str | None) -> str:
 # ---- what is said of it
 
 
-def _finish_index(args: argparse.Namespace, shards: Shards) -> dict[str, Any]:
+def _finish_index(args: argparse.Namespace, shards: Shards) -> dict[str, Any] | None:
+    """Make the index of all shards; None where nothing could be embedded."""
     keys = [shards.key(number) for number in range(shards.count)]
     key = hashlib.sha256("".join(keys).encode()).hexdigest()[:24]
     parts = [(shards.path(number, ".npy"), shards.rows(number)) for number in range(shards.count)]
     num_rows = sum("error" not in row for _, rows in parts for row in rows)
+    if not num_rows:
+        print(f"pisces: error: {shards.folder}: no picture could be embedded, so there is no index", file=sys.stderr)
+        return None
     graph = args.approximate or (num_rows > MANY_ROWS and has_usearch())
     if num_rows > MANY_ROWS and not graph:
         print(f"{num_rows} pictures: pip install 'modeling-pisces[search]' makes searching faster", file=sys.stderr)

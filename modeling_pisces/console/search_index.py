@@ -180,7 +180,7 @@ def write_index(
         what `index.json` says.
 
     Raises:
-        ValueError: a shard is damaged, nothing could be embedded, or usearch is missing.
+        ValueError: a shard is damaged, or usearch is missing.
     """
     head_file = folder / HEAD
     if head_file.is_file():
@@ -189,8 +189,7 @@ def write_index(
             return found
     loaded = [_load_part(file, rows) for file, rows in parts]
     kept = [(vectors, rows) for vectors, rows in loaded if len(rows)]
-    if not kept:
-        raise ValueError(f"{folder}: no picture could be embedded. The reasons are in {folder / 'shards'}.")
+    assert kept, "an index of no pictures"
     num_rows, width = sum(len(rows) for _, rows in kept), kept[0][0].shape[1]
     files = {"vectors": f"vectors-{key}.npy", "ids": f"ids-{key}.jsonl"}
     write_whole(folder / files["vectors"], lambda part: _fill_vectors(part, kept, (num_rows, width)))
