@@ -284,7 +284,7 @@ class DemoModel:
                     return
                 (drawn.pictures if is_base or not compare else drawn.others).append((picture, f"seed {seed}"))
         seconds = time.perf_counter() - start
-        say(_snapshot(drawn, f"{total} picture{'s' if total > 1 else ''} in {seconds:.1f} s"))
+        say(_snapshot(drawn, f"{_counted(total, seeds)}, in {seconds:.1f} s"))
 
     def edit(
         self, path: Any, instruction: Any, seed: Any, strength: Any, steps: Any, guidance: Any
@@ -315,7 +315,7 @@ class DemoModel:
         # a slider lays one over the other; the model, too, sees a picture stretched to its own size
         shown = source.resize(edited.size, Image.Resampling.LANCZOS)
         seconds = time.perf_counter() - start
-        say(Drawn([(shown, "before"), (edited, "after")], f"seed {seed}, {seconds:.1f} s"))
+        say(Drawn([(shown, "before"), (edited, "after")], f"seed {seed}, in {seconds:.1f} s"))
 
     def _drawing_options(self, steps: Any, guidance: Any) -> dict[str, Any]:
         if not self.can_draw:
@@ -364,6 +364,12 @@ def _generator(seed: int) -> torch.Generator:
 def _seeds(first: Any, count: int) -> list[int]:
     first = check_seed(first)
     return [check_seed(first + index) for index in range(count)]
+
+
+def _counted(total: int, seeds: list[int]) -> str:
+    if len(seeds) > 1:
+        return f"{total} pictures, seeds {seeds[0]} to {seeds[-1]}"
+    return f"{total} picture{'s' if total > 1 else ''}, seed {seeds[0]}"
 
 
 def _snapshot(drawn: Drawn, status: str) -> Drawn:

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from huggingface_hub import SpaceCard, SpaceCardData
+from huggingface_hub import SpaceCard, SpaceCardData, SpaceHardware
 
 from modeling_pisces.checkpoint.adapters import find_adapter, is_adapter
 from modeling_pisces.checkpoint.files import check_checkpoint
@@ -104,7 +104,10 @@ def write_space(
     source = _checked_model(model)
     sources = [_checked_adapter(adapter) for adapter in adapters]
     label = model.rstrip("/").rpartition("/")[2] if source is None else source.resolve().name
-    title = _checked_title(title or f"Pisces: {label}")
+    title = _checked_title(f"Pisces: {label}" if title is None else title)
+    kinds = [kind.value for kind in SpaceHardware]
+    if hardware not in (None, *kinds):
+        raise ValueError(f"--hardware {hardware!r}: expected one of {', '.join(kinds)}.")
     if hardware is None:
         is_small = source is not None and sum(file.stat().st_size for file in _files(source)) <= SMALL
         hardware = "cpu-basic" if is_small else "zero-a10g"

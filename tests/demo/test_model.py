@@ -76,7 +76,7 @@ def test_pictures_come_one_after_the_other_and_each_step_is_told(random_model):
     assert [len(drawn.pictures) for drawn in told] == sorted(len(drawn.pictures) for drawn in told)
     statuses = [drawn.status for drawn in told]
     assert "picture 1 of 2, seed 3: step 1 of 2" in statuses and "picture 2 of 2, seed 4: step 2 of 2" in statuses
-    assert statuses[-1].startswith("2 pictures in ")
+    assert statuses[-1].startswith("2 pictures, seeds 3 to 4, in ")
     assert [caption for _, caption in told[-1].pictures] == ["seed 3", "seed 4"]
     assert len(told[0].pictures) == 0  # what was told first has not grown since
 

@@ -1,0 +1,159 @@
+"""The page as a whole: what it loads, what it answers to posts by hand, how its command starts and ends."""
+
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from tests.demo.browser.visitor import is_drawn
+
+
+ROOT = Path(__file__).parents[3]
+DOCS = ROOT / "docs"
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_the_page_names_no_other_machine_to_connect_to(visitor):
+    """Not even a hint to the browser; what it fetches is asserted when the visitor leaves."""
+    for tab in ("Draw", "Edit", "Adapter", "Chat"):
+        visitor.go_to(tab)
+        visitor.page.wait_for_timeout(300)
+    links = visitor.page.eval_on_selector_all(
+        "link[href], script[src], img[src]", "all => all.map(e => e.href || e.src)"
+    )
+    assert len(links) > 5 and all(link.startswith((visitor.url, "data:")) for link in links), links
+    assert len(visitor.requests) > 20
+    assert "fonts.g" not in visitor.page.content()
+
+
+def test_it_listens_on_this_machine_alone(address):
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address)
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "../../pyproject.toml", str(ROOT / "pyproject.toml")])
+def test_files_of_the_machine_are_neither_read_nor_given_out(address, path):
+    client = Client(address, verbose=False)
+    given = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(AppError):
+        client.predict(given, "make it red", 0, 0, 2, 1, api_name="/edit")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{address}/gradio_api/file={path}")
+    assert refused.value.code in (403, 404)
+
+
+def test_posts_by_hand_get_the_same_sentences(address):
+    client = Client(address, verbose=False)
+    for values, says in (
+        (("a red circle", 99, 0, 2, 1), "The number of pictures is 99: expected a whole number from 1 to 8."),
+        (("a red circle", 1, "x", 2, 1), "The seed is"),
+        ((None, 1, 0, 2, 1), "The prompt is empty. Say what to draw."),
+        (("a red circle", 1, 0, 10**9, 1), "The number of steps is 1000000000"),
+    ):
+        with pytest.raises((AppError, ValueError)) as refused:
+            client.predict(*values, api_name="/draw")
+        assert says in str(refused.value) or "Value" in str(refused.value), (values, str(refused.value))
+
+
+@pytest.fixture
+def command():
+    started = []
+
+    def start(*arguments):
+        command = [sys.executable, str(ROOT / "demo" / "app.py"), *map(str, arguments)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_the_command_serves_the_page_on_the_port_that_it_is_told_and_ends_on_an_interrupt(command):
+    port = free_port()
+    process = command("--port", port, "--model", ROOT / "pisces-tiny")
+    for _ in range(600):
+        try:
+            page = urllib.request.urlopen(f"http://127.0.0.1:{port}").read()
+            break
+        except OSError:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.2)
+    assert b"Pisces" in page
+    other = command("--port", port, "--model", ROOT / "pisces-tiny")
+    _, err = other.communicate(timeout=120)
+    assert other.returncode == 2 and err.splitlines()[-1].startswith("app: error: cannot listen at 127.0.0.1: "), err
+    assert "Traceback" not in err
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 130) and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "nowhere"], "app: error: nowhere: no such folder."),
+        (["--adapter", "nowhere"], "app: error: nowhere: no such folder."),
+        (["--port", "70000"], "app: error: argument --port: '70000': expected a whole number from 1 to 65535"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(command, arguments, says):
+    process = command(*(["--model", str(ROOT / "pisces-tiny")] if "--model" not in arguments else []), *arguments)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.splitlines()[-1].startswith(says), err
+    assert "Traceback" not in err
+
+
+# ---- screenshots of the documents
+
+
+def take(visitor, name):
+    path = DOCS / f"demo_{name}.png"
+    visitor.page.mouse.move(5, 5)
+    visitor.page.wait_for_timeout(800)
+    data = visitor.page.screenshot(animations="disabled", clip={"x": 90, "y": 0, "width": 1020, "height": 860})
+    from io import BytesIO
+
+    from PIL import Image
+
+    small = Image.open(BytesIO(data)).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+    assert 5_000 < path.stat().st_size < 200_000
+    return path
+
+
+def test_screenshots_of_the_documents_are_taken_from_the_page_at_work(visitor):
+    visitor.page.locator("#chat-examples").get_by_text("Describe the picture.").click()
+    visitor.page.locator("#message img").first.wait_for()
+    visitor.page.locator("#message .submit-button").click()
+    visitor.page.wait_for_function("document.querySelector('#chat .bot-row')?.innerText.includes('bottom right')")
+    visitor.ask("draw two red hearts on a dark background")
+    visitor.wait_for_pictures("chat", 2)
+    visitor.page.locator("#message textarea:not([disabled])").wait_for()
+    take(visitor, "chat")
+    visitor.go_to("Draw")
+    visitor.fill("prompt", "a yellow heart left of a purple square")
+    visitor.click("draw")
+    visitor.wait_for_text("draw-status", "4 pictures, seeds 0 to 3, in ")
+    visitor.wait_for_pictures("gallery", 4)
+    assert all(is_drawn(pixels) for pixels in visitor.pictures("gallery"))
+    take(visitor, "draw")
+    visitor.go_to("Edit")
+    visitor.page.locator("#edit-examples").get_by_text("make the star red").click()
+    visitor.wait_for_pictures("source", 1)
+    visitor.click("edit")
+    visitor.wait_for_pictures("slider", 2)
+    visitor.page.evaluate("window.scrollTo(0, 0)")
+    take(visitor, "edit")
