@@ -18,22 +18,21 @@ from .checks import MAX_NEW_TOKENS, MAX_PICTURES
 from .examples import CHAT_PROMPTS, INSTRUCTIONS, PROMPTS, QUESTIONS
 from .model import DemoModel
 from .pieces import (
+    ONE_AT_A_TIME,
     adapter_text,
     decoder_settings,
     drawing_seconds,
     example_files,
     gallery_field,
     gallery_files,
-    one_line_errors,
     prompt_field,
     seed_field,
     shown_messages,
+    start_and_stop,
     warn_of_unknown_words,
 )
 
 
-# one user at a time: gradio's queue waits in line where the model's lock would only wait
-ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 MAX_WAITING = 32  # clicks in the queue
 MAX_UPLOAD = "20mb"
 KEPT_FILES = (3600, 24 * 3600)  # seconds: look each hour, and drop pictures of the day before
@@ -51,6 +50,7 @@ CSS = """
 button[aria-label="Share"] { display: none !important; }
 """
 
+STOPPED = "stopped"
 NO_DECODER = (
     "This checkpoint answers questions and has no decoder, so it cannot draw. Start the page with another `--model`."
 )
@@ -129,7 +129,7 @@ def launch(page: Any, **options: Any) -> Any:
 
 
 def _chat_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
-    history = gr.State([])
+    history, asked = gr.State([]), gr.State(None)  # the conversation; what was sent last
     chat = gr.Chatbot(
         elem_id="chat",
         show_label=False,
@@ -170,11 +170,12 @@ def _chat_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
         for grown in model.answer(messages, value.get("text"), value.get("files"), length, seed, bool(remembers)):
             yield grown, shown_messages(grown, chat.GRADIO_CACHE)
 
-    inputs, outputs = [history, box, length, seed, remembers], [history, chat]
-    asked = box.submit(one_line_errors(gr, answer), inputs, outputs, api_name="chat", **ONE_AT_A_TIME)
-    box.submit(lambda: None, None, box, api_visibility="private", queue=False)
-    stop.click(None, cancels=[asked], api_visibility="private")
-    clear.click(lambda: ([], []), None, [history, chat], cancels=[asked], api_visibility="private", queue=False)
+    inputs, outputs = [history, asked, length, seed, remembers], [history, chat]
+    nothing_more = (gr.skip(), gr.skip())
+    ends = [stop.click, clear.click]
+    start_and_stop(gr, [box.submit], ends, answer, nothing_more, inputs, outputs, None, taken=(box, asked))
+    # it waits in the model's queue, behind the answer that it stops
+    clear.click(lambda: ([], []), None, outputs, api_visibility="private", **ONE_AT_A_TIME)
     pictures = example_files(box.GRADIO_CACHE)
     asks = [{"text": text, "files": [path]} for text, path in zip(QUESTIONS, pictures, strict=True)]
     draws = [{"text": text, "files": []} for text in CHAT_PROMPTS] if model.can_draw else []
@@ -196,14 +197,14 @@ def _draw_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
             status = gr.Markdown(elem_id="draw-status", elem_classes="status")
 
     def drawing(prompt: Any, count: Any, seed: Any, steps: Any, guidance: Any) -> Iterator[tuple]:
-        warn_of_unknown_words(gr, model, prompt)
-        for drawn in model.draw(prompt, count, seed, steps, guidance):
+        for number, drawn in enumerate(model.draw(prompt, count, seed, steps, guidance)):
+            if number == 0:  # nothing was refused
+                warn_of_unknown_words(gr, model, prompt)
             yield gallery_files(drawn.pictures, gallery.GRADIO_CACHE), drawn.status
 
     inputs = [prompt, count, seed, steps, guidance]
-    run = one_line_errors(gr, on_gpu(duration=drawing_seconds)(drawing))
-    started = gr.on([draw.click, prompt.submit], run, inputs, [gallery, status], api_name="draw", **ONE_AT_A_TIME)
-    stop.click(lambda: "stopped", None, status, cancels=[started], api_visibility="private", queue=False)
+    run, last = on_gpu(duration=drawing_seconds)(drawing), (gr.skip(), STOPPED)
+    start_and_stop(gr, [draw.click, prompt.submit], [stop.click], run, last, inputs, [gallery, status], "draw")
     gr.Examples([[text] for text in PROMPTS], [prompt], elem_id="draw-examples", api_visibility="private")
 
 
@@ -257,18 +258,16 @@ def _edit_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
     result = gr.State(None)  # the picture to go on with
 
     def editing(path: Any, instruction: Any, seed: Any, strength: Any, steps: Any, guidance: Any) -> Iterator[tuple]:
-        warn_of_unknown_words(gr, model, instruction)
-        for drawn in model.edit(path, instruction, seed, strength, steps, guidance):
+        for number, drawn in enumerate(model.edit(path, instruction, seed, strength, steps, guidance)):
+            if number == 0:
+                warn_of_unknown_words(gr, model, instruction)
             pair = tuple(path for path, _ in gallery_files(drawn.pictures, slider.GRADIO_CACHE))
             yield (pair, pair[1], drawn.status) if pair else (gr.skip(), gr.skip(), drawn.status)
 
     inputs = [source, instruction, seed, strength, steps, guidance]
-    run = one_line_errors(
-        gr, on_gpu(duration=lambda *values: drawing_seconds(None, 1, None, values[4], None))(editing)
-    )
-    events = [edit.click, instruction.submit]
-    started = gr.on(events, run, inputs, [slider, result, status], api_name="edit", **ONE_AT_A_TIME)
-    stop.click(lambda: "stopped", None, status, cancels=[started], api_visibility="private", queue=False)
+    run = on_gpu(duration=lambda *values: drawing_seconds(None, 1, None, values[4], None))(editing)
+    events, outputs, last = [edit.click, instruction.submit], [slider, result, status], (gr.skip(), gr.skip(), STOPPED)
+    start_and_stop(gr, events, [stop.click], run, last, inputs, outputs, "edit")
     result.change(lambda picture: gr.Button(interactive=picture is not None), result, again, api_visibility="private")
     again.click(lambda picture: picture, result, source, api_visibility="private")
     pairs = zip(example_files(source.GRADIO_CACHE), INSTRUCTIONS, strict=True)
@@ -303,8 +302,7 @@ def _adapter_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
             yield *(gallery_files(side, without.GRADIO_CACHE) for side in sides), drawn.status
 
     inputs = [prompt, count, seed, steps, guidance]
-    run = one_line_errors(gr, on_gpu(duration=lambda *values: 2 * drawing_seconds(*values))(comparing))
+    run = on_gpu(duration=lambda *values: 2 * drawing_seconds(*values))(comparing)
     events, outputs = [compare.click, prompt.submit], [without, with_adapter, status]
-    started = gr.on(events, run, inputs, outputs, api_name="compare", **ONE_AT_A_TIME)
-    stop.click(lambda: "stopped", None, status, cancels=[started], api_visibility="private", queue=False)
+    start_and_stop(gr, events, [stop.click], run, (gr.skip(), gr.skip(), STOPPED), inputs, outputs, "compare")
     gr.Examples([[text] for text in PROMPTS], [prompt], elem_id="compare-examples", api_visibility="private")

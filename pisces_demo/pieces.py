@@ -7,9 +7,9 @@ import hashlib
 import html
 import random
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ from .chat import Message
 from .checks import MAX_PICTURES, MAX_SEED, MAX_STEPS
 from .examples import PROMPTS, example_pictures
 from .model import DemoModel
+
+
+# one user at a time: gradio's queue waits in line where the model's lock would only wait
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 
 
 def seed_field(gr: Any, name: str) -> Any:
@@ -83,13 +87,40 @@ def picture_file(picture: Image.Image, cache: str, name: str = "picture") -> str
     return str(path)
 
 
-def one_line_errors(gr: Any, function: Callable) -> Callable:
-    """The generator, whose errors the page shows as one line."""
+class Stops:
+    """A sign for each visitor of a tab: up, their run ends at the next piece that it has to show.
 
-    @wraps(function)
-    def run(*values: Any) -> Iterator[Any]:
+    gradio could cancel a run itself, and then leaves the tab as it happens to be, sometimes with an error of its own.
+    """
+
+    def __init__(self):
+        self.signs: dict[str, threading.Event] = {}
+
+    def announce(self, visitor: str) -> threading.Event:
+        """A run was asked for: from now on it can be stopped, also while it waits in the queue."""
+        return self.signs.setdefault(visitor, threading.Event())
+
+    def stop(self, visitor: str) -> None:
+        if sign := self.signs.get(visitor):
+            sign.set()
+
+    def end(self, visitor: str) -> None:
+        self.signs.pop(visitor, None)
+
+
+def stoppable(gr: Any, function: Callable[..., Any], stops: Stops, last: tuple) -> Callable[..., Iterator[Any]]:
+    """A generator for an event of the page: it can be stopped, and its errors are shown as one line.
+
+    Args:
+        function: a generator function.
+        last: what is yielded when it was stopped.
+    """
+
+    def run(request: gr.Request, *values: Any) -> Iterator[Any]:
+        visitor = str(request.session_hash)
+        sign = stops.announce(visitor)
         try:
-            yield from function(*values)
+            yield from until(sign, last, function(*values))
         except ValueError as error:
             raise page_error(gr, str(error)) from error
         except gr.Error:
@@ -97,8 +128,62 @@ def one_line_errors(gr: Any, function: Callable) -> Callable:
         except Exception as error:  # a bug, or a machine without memory: the log has all of it, the page its name
             traceback.print_exc(file=sys.stderr)
             raise page_error(gr, f"{type(error).__name__}: {error}") from error
+        finally:
+            stops.end(visitor)
 
     return run
+
+
+def until(sign: threading.Event, last: Any, pieces: Any) -> Iterator[Any]:
+    """The pieces as long as the sign is down; then `last`. The generator of the pieces is closed in any case."""
+    try:
+        while not sign.is_set():
+            try:
+                piece = next(pieces)
+            except StopIteration:
+                return
+            yield piece
+        yield last
+    finally:
+        pieces.close()
+
+
+def start_and_stop(
+    gr: Any,
+    starts: Sequence[Any],
+    ends: Sequence[Any],
+    function: Callable[..., Any],
+    last: tuple,
+    inputs: Any,
+    outputs: Any,
+    name: str | None,
+    taken: Any = None,
+) -> None:
+    """Let events start a generator, one visitor at a time on the model, and others stop it.
+
+    Args:
+        starts, ends: events of gradio, such as `button.click`.
+        function, last: as in `stoppable`.
+        inputs, outputs: of the run.
+        name: under which it can be posted to; None: only the page itself can.
+        taken: (field, state): what stands in the field goes into the state when the run is asked for, and the field
+            is empty for the next.
+    """
+    stops = Stops()
+
+    def announce(request: gr.Request, *values: Any) -> Any:
+        stops.announce(str(request.session_hash))
+        return (*values, None) if taken else None
+
+    def end(request: gr.Request) -> None:
+        stops.stop(str(request.session_hash))
+
+    hidden = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+    first = gr.on(starts, announce, [taken[0]], [taken[1], taken[0]], **hidden) if taken else None
+    first = first or gr.on(starts, announce, None, None, **hidden)
+    address = {"api_name": name} if name else {"api_visibility": "private"}
+    first.then(stoppable(gr, function, stops, last), inputs, outputs, **address, **ONE_AT_A_TIME)
+    gr.on(ends, end, None, None, **hidden)
 
 
 def page_error(gr: Any, message: str) -> Exception:

@@ -71,8 +71,7 @@ def test_a_reload_in_the_middle_of_a_drawing_frees_the_model(drawer, model):
     with slowed(model.pipeline.unet, 0.25):
         drawer.click("draw")
         drawer.wait_for_text("draw-status", "step 2 of")
-        drawer.page.reload()
-        drawer.page.locator("#message textarea").wait_for()
+        drawer.reload()
         assert is_free(model)
     drawer.go_to("Draw")
     assert is_drawn(draw(drawer, "a red circle", count=1)[0])

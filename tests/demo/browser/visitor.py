@@ -73,6 +73,15 @@ class Visitor:
         self.page.wait_for_selector("#chat")
         self.page.locator("#message textarea").wait_for()
 
+    def reload(self):
+        """Load the page again; gradio's own complaint that its stream is cut off by this is no error of the page."""
+        before = list(self.problems)
+        self.page.reload()
+        self.page.locator("#message textarea").wait_for()
+        cut_off = ("AbortError: BodyStreamBuffer was aborted", "Unexpected error Connection errored out")
+        later = self.problems[len(before) :]
+        self.problems[:] = before + [problem for problem in later if not problem.startswith(cut_off)]
+
     def leave(self):
         self.context.close()
         elsewhere = [url for url in self.requests if not url.startswith((f"{self.url}/", "data:", "blob:"))]
