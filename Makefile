@@ -29,7 +29,7 @@ VERSION ?= 5.16.1 5.19.0 5.23.0 5.24.0
 quoted = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples tiny test test-all test-mixins fuzz test-newest test-clients test-vllm test-real-parts test-transformers test-web web resolution lmms-eval docs check format wheel-check clean
+.PHONY: help setup demo examples tiny test test-all test-mixins fuzz test-newest test-clients test-vllm test-real-parts test-transformers test-web web resolution lmms-eval docs crash audit release-check check format wheel-check clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -187,8 +187,22 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+crash: $(INSTALLED) ## kill -9, full disks, two writers and more against every command that writes (SEED=, OUTPUT_FILE=; disks need root)
+	@$(BIN)/python -m tests.crash --seed $(SEED) $(if $(OUTPUT_FILE),--output $(call quoted,$(OUTPUT_FILE)))
+
+audit: $(INSTALLED) ## licenses of all dependencies against the list, and pip-audit where its databases can be reached
+	@test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && \
+		.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; }
+	@$(BIN)/python -m tests.audit --pip_audit .venv-audit/bin/pip-audit
+
+release-check: $(INSTALLED) ## on the commit of a release: signed tag, changelog, the wheel built and tried alone, its hash
+	@$(BIN)/python -m tests.release
+	@rm -rf dist && $(BIN)/python -m build --outdir dist . > /dev/null
+	@$(MAKE) --no-print-directory wheel-check
+	@$(BIN)/python -m tests.release
+
 wheel-check: $(INSTALLED) ## build the wheel, install it alone in an empty environment, import it and run the command
 	@$(BIN)/python -m pytest -q -m slow tests/test_project.py
 
 clean: ## remove environments, caches and build products (outputs/ and runs/ stay)
-	rm -rf .venv .venv-uv .venv-vllm .venv-lmms-eval .venv-newest .venv-clients .venv-real-parts .venv-web .venv-transformers-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

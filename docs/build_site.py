@@ -16,7 +16,7 @@ from pisces_commands.arguments import LineParser
 
 ROOT = Path(__file__).resolve().parents[1]
 FRONT = {"README.md": "index.md"}
-OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md", "model_card.md")
+OTHERS = ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "model_card.md")
 PICTURES = {".png", ".svg", ".jpg"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 NAVIGATION = {

@@ -480,7 +480,10 @@ def check_vae_config(config: Mapping[str, Any], source: str) -> None:
     if shift is not None and finite_number(shift) is None:
         raise ValueError(f"{source}: shift_factor is {shift!r}; expected a finite number.")
     for name in ("latents_mean", "latents_std"):
-        for index, value in enumerate(config.get(name) or ()):
+        values = config.get(name)
+        if values is not None and not isinstance(values, (list, tuple)):
+            raise ValueError(f"{source}: {name} is {values!r}; expected a list of numbers, one per channel.")
+        for index, value in enumerate(values or ()):
             if finite_number(value) is None:
                 raise ValueError(f"{source}: {name} {index} is {value!r}; expected a finite number.")
 

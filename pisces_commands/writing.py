@@ -228,6 +228,26 @@ def whole_files(folder: str | os.PathLike, last: str = "config.json") -> Iterato
 
 
 @contextmanager
+def scratch_folder(beside: str | os.PathLike) -> Iterator[Path]:
+    """Give an empty folder beside a folder, on the same disk, that is gone afterwards.
+
+    What a killed run left behind is removed by the next one, which a temporary name would leave for ever.
+
+    Raises:
+        ValueError: another process uses it just now.
+        WriteError: the disk is full or does not take it.
+    """
+    beside = Path(os.path.realpath(beside))
+    partial = beside.with_name(f".{beside.name}.scratch.partial")
+    with _held(partial, beside), _naming(partial, only_disk=True):
+        try:
+            _empty(partial)
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
 def _filled(partial: Path, output: Path) -> Iterator[None]:
     """Begin with an empty temporary folder, which the block fills and moves; after an error it is gone."""
     try:
@@ -372,6 +392,7 @@ __all__ = [
     "WriteError",
     "append_line",
     "error_number",
+    "scratch_folder",
     "whole_files",
     "whole_folder",
     "write_error",

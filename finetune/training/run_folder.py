@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +43,7 @@ from finetune.training.starts import (
 )
 from modeling_pisces.hub.publish import stage_adapter
 from pisces_commands.measurement import current_commit, describe_hardware
-from pisces_commands.writing import WriteError, write_json, write_whole
+from pisces_commands.writing import WriteError, scratch_folder, write_json, write_whole
 
 
 logger = logging.get_logger(__name__)
@@ -311,8 +310,8 @@ def push_run(folder: Path, training: PiscesSFTConfig, base: str | None = None) -
     """
     api = HfApi(token=training.hub_token)
     repo_id = api.create_repo(training.hub_model_id, private=training.hub_private_repo, exist_ok=True).repo_id
-    with TemporaryDirectory(prefix=".push-", dir=folder.resolve().parent) as held:
-        staged = Path(held) / "adapter"
+    with scratch_folder(folder) as held:
+        staged = held / "adapter"
         names = stage_adapter(folder, staged, base, repo_id)
         additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=staged / name) for name in names]
         # not upload_folder: it may send several commits, and the first of them would be half an adapter

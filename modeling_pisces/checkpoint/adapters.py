@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .files import StoredTensor, find_checkpoint, read_json, read_safetensors_header
+from .safety import check_files
 
 
 MODEL_CONFIG, MODEL_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,9 +53,10 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter:
     """
     source, _, version = name.partition("@") if not Path(name).exists() else (name, "", "")
     folder = find_checkpoint(source, version or revision)
+    check_files(folder)
     sides = []
     if (folder / MODEL_CONFIG).is_file():
-        read_json(folder / MODEL_CONFIG)
+        _check_config(read_json(folder / MODEL_CONFIG), folder / MODEL_CONFIG)
         if not (folder / MODEL_WEIGHTS).is_file():
             raise ValueError(f"{name}: {MODEL_CONFIG} without {MODEL_WEIGHTS}. Download or train the adapter again.")
         read_safetensors_header(folder / MODEL_WEIGHTS)
@@ -68,6 +70,15 @@ def find_adapter(name: str, revision: str | None = None) -> Adapter:
             f"--adapter {name}: {what}. Expected {MODEL_CONFIG} with {MODEL_WEIGHTS}, or {DECODER_WEIGHTS}."
         )
     return Adapter(name, folder, tuple(sides), _base_of(folder))
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    """Refuse settings with which PEFT loads other adapters, or imports a module that the file names."""
+    for name, what in (("adapters", "loads other adapters by name"), ("megatron_config", "imports another library")):
+        if config.get(name):
+            raise ValueError(
+                f"{path}: {name} is {config[name]!r:.80}, which {what}. Remove it, or take an adapter of another kind."
+            )
 
 
 def _base_of(folder: Path) -> str | None:

@@ -5,13 +5,14 @@ file is named in one sentence. Summing up what a good folder holds is left to `m
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..configuration_pisces import PiscesConfig
 from ..pipeline_checks_pisces import check_scheduler_config, check_vae_config
-from .safety import check_folder, check_references, check_regular, check_shard_name
+from .safety import check_folder, check_layer_counts, check_references, check_regular, check_shard_name, walk_settings
 
 
 DECODER_PARTS = ("unet", "vae", "scheduler")
@@ -69,13 +70,16 @@ def check_checkpoint(folder: Path, with_decoder: bool = False) -> None:
     check_folder(folder)
     config = read_json(folder / "config.json")
     check_references(config, folder / "config.json")
+    check_layer_counts(config, folder / "config.json")
     if config.get("model_type") != "pisces":
         raise ValueError(
             f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'pisces'. "
             "Give the folder of a Pisces checkpoint."
         )
     for path in sorted(folder.glob("*.json")):
-        read_json(path)
+        content = read_json(path)
+        if path.name == "processor_config.json":
+            check_references(content, path)
     read_config(folder)
     for path in weight_files(folder):
         read_safetensors_header(path)
@@ -89,15 +93,12 @@ def _check_decoder(folder: Path) -> None:
             f"{folder / 'model_index.json'}: not found, so this checkpoint has no decoder and cannot draw. "
             "`pisces describe` works without one."
         )
-    index = read_json(folder / "model_index.json")
-    for part in DECODER_PARTS:
-        if not isinstance(index.get(part), list) or index[part][0] is None:
-            continue
+    for part in read_decoder_classes(folder):
         part_folder = folder / part
         if not part_folder.is_dir():
             raise ValueError(f"{part_folder}: not found, though model_index.json names it. Download the folder again.")
         for path in sorted(part_folder.glob("*.json")):
-            read_json(path)
+            check_layer_counts(read_json(path), path)
         if part == "scheduler":
             path = part_folder / "scheduler_config.json"
             check_scheduler_config(read_json(path), str(path))
@@ -108,11 +109,33 @@ def _check_decoder(folder: Path) -> None:
                 read_safetensors_header(path)
 
 
+def read_decoder_classes(folder: Path) -> dict[str, str]:
+    """Part of the decoder -> its class in diffusers, as model_index.json names them; parts that are null are left out.
+
+    diffusers imports whatever module stands there, so no other one may.
+
+    Raises:
+        ValueError: naming the part.
+    """
+    path, classes = folder / "model_index.json", {}
+    for part, entry in read_json(path).items():
+        if part not in DECODER_PARTS or entry is None or entry == [None, None]:
+            continue
+        is_pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
+        if not is_pair or entry[0] != "diffusers" or not entry[1].isidentifier():
+            raise ValueError(
+                f'{path}: {part} is {entry!r:.80}, expected ["diffusers", NAME OF A CLASS]. Download the checkpoint '
+                "again from a source you trust."
+            )
+        classes[part] = entry[1]
+    return classes
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object; a missing or broken file is a ValueError that names it."""
     try:
         check_regular(path)
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _parse(path)
     except FileNotFoundError as error:
         if path.name == "config.json" and (path.parent / "adapter_config.json").is_file():
             raise ValueError(
@@ -120,11 +143,21 @@ def read_json(path: Path) -> dict[str, Any]:
                 f"conversion.merge_adapter --base CHECKPOINT --adapter {path.parent} --output MERGED."
             ) from error
         raise ValueError(f"{path}: not found. Is this a whole checkpoint folder?") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Download or save the checkpoint again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object.")
+    for name, value in walk_settings(content):
+        if isinstance(value, float) and math.isnan(value):  # Python reads and writes NaN, which is no JSON
+            raise ValueError(f"{path}: {name} is nan, expected a number. Repair it, or download the file again.")
     return content
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, no JSON, a number of 5,000 digits
+        raise ValueError(f"{path}: not valid JSON ({error}). Download or save the checkpoint again.") from error
 
 
 def read_config(folder: Path) -> PiscesConfig:

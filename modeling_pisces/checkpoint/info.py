@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration_pisces import PiscesConfig
-from .files import DECODER_PARTS, StoredTensor, read_config, read_json, read_safetensors_header, weight_files
+from .files import (
+    DECODER_PARTS,
+    StoredTensor,
+    read_config,
+    read_decoder_classes,
+    read_json,
+    read_safetensors_header,
+    weight_files,
+)
 
 
 def describe_checkpoint(folder: Path) -> dict[str, Any]:
@@ -55,19 +63,35 @@ def _describe_generation(config: PiscesConfig) -> dict[str, Any] | None:
 
 def _describe_tokens(folder: Path, config: PiscesConfig) -> dict[str, dict[str, Any]]:
     path = folder / "tokenizer.json"
-    added = read_json(path).get("added_tokens", []) if path.exists() else []
-    text_of = {entry["id"]: entry["content"] for entry in added}
+    text_of = _read_added_tokens(path) if path.exists() else {}
     names = ("image_token", "gen_image_token", "gen_start_token", "gen_end_token")
     ids = {name: getattr(config, f"{name}_id") for name in names}
     return {name: {"id": token_id, "text": text_of.get(token_id)} for name, token_id in ids.items()}
 
 
+def _read_added_tokens(path: Path) -> dict[int, str]:
+    """Id -> text of the added tokens of a tokenizer.json.
+
+    Raises:
+        ValueError: an entry that is none.
+    """
+    added = read_json(path).get("added_tokens") or []
+    for place, entry in enumerate(added if isinstance(added, list) else [added]):
+        is_token = isinstance(entry, dict) and type(entry.get("id")) is int and isinstance(entry.get("content"), str)
+        if not is_token:
+            raise ValueError(
+                f"{path}: added_tokens {place} is {entry!r:.80}, expected a token with id and content. Download the "
+                "checkpoint again."
+            )
+    return {entry["id"]: entry["content"] for entry in added}
+
+
 def _describe_decoder(folder: Path) -> dict[str, Any] | None:
     if not (folder / "model_index.json").exists():
         return None
-    index = read_json(folder / "model_index.json")
-    classes = {part: index[part][1] for part in DECODER_PARTS if isinstance(index.get(part), list)}
-    present = [part for part in ("unet", "vae") if classes.get(part)]
+    found = read_decoder_classes(folder)
+    classes = {part: found[part] for part in DECODER_PARTS if part in found}
+    present = [part for part in ("unet", "vae") if part in classes]
     stored = {part: weight_files(folder / part, stem="diffusion_pytorch_model") for part in present}
     return {**classes, "parts": [_count_part(f"decoder/{part}", files) for part, files in stored.items()]}
 

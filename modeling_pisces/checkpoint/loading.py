@@ -18,8 +18,15 @@ from transformers import AutoImageProcessor, AutoModelForMultimodalLM, AutoProce
 from transformers.utils import logging
 
 from .chat_template import check_chat_template
-from .files import check_checkpoint
-from .values import check_generation_values, check_picture_sizes, check_text_length
+from .files import DECODER_PARTS, check_checkpoint, read_config
+from .values import (
+    check_generation_values,
+    check_part_settings,
+    check_picture_sizes,
+    check_processor,
+    check_text_length,
+    check_tokens,
+)
 
 
 @contextmanager
@@ -73,7 +80,9 @@ def load_model(
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # each sub-processor has its own errors; all mean that a file here is wrong
         raise ValueError(f"{folder}: the processor cannot be built ({_one_line(error)}).") from error
+    check_processor(folder, processor, read_config(folder))
     check_text_length(folder, processor.tokenizer)
+    check_tokens(folder, processor)
     try:
         check_chat_template(processor)
     except ValueError as error:
@@ -137,6 +146,7 @@ def load_pipeline(folder: Path, device: str = "auto", dtype: str = "auto", trust
 
     if not logging.is_progress_bar_enabled():
         diffusers_logging.disable_progress_bar()
+        diffusers_logging.set_verbosity_error()  # its report of a wrong load runs over a screen; the error is below
     model, processor = load_model(folder, device, dtype, trust_remote_code)
     try:
         pipeline = PiscesPipeline.from_pretrained(
@@ -146,6 +156,11 @@ def load_pipeline(folder: Path, device: str = "auto", dtype: str = "auto", trust
         copy.deepcopy(pipeline.scheduler).set_timesteps(2)  # a setting that no scheduler knows fails only here
     except Exception as error:  # as above, and diffusers' own
         raise ValueError(f"{folder}: the decoder cannot be loaded ({_one_line(error)}).") from error
+    for name in DECODER_PARTS:
+        if (part := getattr(pipeline, name)) is not None:
+            check_part_settings(folder / name, part)
+    if processor.tokenizer.pad_token is None:
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: pad_token is not set, without which nothing is drawn.")
     pipeline.set_progress_bar_config(disable=None, leave=False)  # None: only where a person watches
     return pipeline
 

@@ -6,15 +6,18 @@ runs any, and `trust_remote_code` alone decides about it.
 """
 
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 
-# folders in which the libraries look for files by themselves, beside the root
+# folders in which the libraries look for files by themselves, beside the root; .md: the card, which exports carry on
 _READ_FOLDERS = ("", "unet", "vae", "scheduler", "additional_chat_templates")
-_READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".model", ".txt", ".py")
+_READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".model", ".txt", ".md", ".py")
+LAYER_COUNTS = re.compile(r"num_\w*(layers|blocks|experts)|num_layers|n_layers?|\w*layers_per_block|\w*depths?")
+MAX_LAYERS = 10_000  # published language models have up to 200
 _KINDS = {
     stat.S_ISDIR: "a folder",
     stat.S_ISFIFO: "a pipe",
@@ -47,19 +50,52 @@ def check_regular(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder in which a file that a library may open is none, or that sends the library to another model.
+    """Refuse a folder in which a file that a library may open is none or lies elsewhere, or that names another model.
 
     Raises:
         ValueError: naming the file.
     """
-    for path in _readable(folder):
-        check_regular(path)
+    check_files(folder)
     adapter = folder / "adapter_config.json"
     if adapter.exists() and (folder / "config.json").exists():
         raise ValueError(
             f"{adapter}: an adapter beside a whole model; transformers would load the base that the adapter names "
             "instead of this model. Merge it (python -m conversion.merge_adapter), or move it to a folder of its own."
         )
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder in which a file that a library may open is none, or lies elsewhere.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    paths = list(_readable(folder))
+    for path in paths:
+        check_regular(path)
+    check_links(folder, paths)
+
+
+def check_links(folder: Path, paths: Iterable[Path]) -> None:
+    """Refuse texts that links bring into a folder from outside: a stranger chose which, and they may be published.
+
+    Weights may lie elsewhere, since nothing but numbers is taken from them. The Hub's cache is made of links into a
+    folder of its own, which is fine.
+
+    Raises:
+        ValueError: naming the link and what it leads to.
+    """
+    root = Path(os.path.realpath(folder))
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append(root.parent.parent / "blobs")
+    for path in paths:
+        target = Path(os.path.realpath(path))
+        if path.suffix != ".safetensors" and not any(inside in target.parents for inside in roots):
+            raise ValueError(
+                f"{path}: leads out of the folder, to {target}. Put the file itself there if you know it, or download "
+                "the checkpoint again."
+            )
 
 
 def _readable(folder: Path) -> Iterator[Path]:
@@ -85,7 +121,7 @@ def check_shard_name(name: Any, index: Path) -> str:
 
 
 def check_references(config: dict[str, Any], path: Path) -> None:
-    """Refuse settings of a config.json that fetch code from the Hub, or weights from another file.
+    """Refuse settings of a JSON file that fetch code or another model from the Hub, or weights from another file.
 
     transformers takes an attention or experts implementation with a slash for a kernel of the Hub and downloads and
     runs it, without asking for `trust_remote_code`; `transformers_weights` replaces the name of the weight file.
@@ -93,7 +129,12 @@ def check_references(config: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: naming the setting and its value.
     """
-    for name, value in _walk(config):
+    for name, value in walk_settings(config):
+        if name == "audio_tokenizer" and value is not None:
+            raise ValueError(
+                f"{path}: audio_tokenizer is {value!r:.80}, and would be loaded from wherever it names. A Pisces has "
+                "none; remove the setting."
+            )
         if name == "transformers_weights" and value is not None:
             raise ValueError(
                 f"{path}: transformers_weights is {value!r}, which replaces the name of the weight file. Remove it "
@@ -108,15 +149,37 @@ def check_references(config: dict[str, Any], path: Path) -> None:
                     )
 
 
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every setting at every depth."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield name, item
-            yield from _walk(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _walk(item)
+def check_layer_counts(config: dict[str, Any], path: Path) -> None:
+    """Refuse counts of layers or experts that no model has: each is built in turn before any weight is missed.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    for name, value in walk_settings(config):
+        if LAYER_COUNTS.fullmatch(name) and type(value) is int and value > MAX_LAYERS:
+            raise ValueError(f"{path}: {name} is {value:,}, expected at most {MAX_LAYERS:,}. Repair it.")
 
 
-__all__ = ["check_folder", "check_references", "check_regular", "check_shard_name"]
+def walk_settings(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every setting at every depth with its name; items of a list have the name of the list."""
+    waiting: list[tuple[str, Any]] = [("", content)]  # no recursion: JSON may be nested deeper than Python calls
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, (dict, list)):
+            named = value.items() if isinstance(value, dict) else ((place, item) for item in value)
+            for name, item in list(named)[::-1]:
+                waiting.append((name, item))
+        if value is not content:
+            yield place, value
+
+
+__all__ = [
+    "check_files",
+    "check_folder",
+    "check_layer_counts",
+    "check_links",
+    "check_references",
+    "check_regular",
+    "check_shard_name",
+    "walk_settings",
+]

@@ -4,10 +4,70 @@
 setting.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+
+MAX_PIXEL = 1000.0  # normalised ones are below 3; without rescaling 255 divided by a standard deviation
+
+
+def check_processor(folder: Path, processor: Any, config: Any) -> None:
+    """The processor must be one of Pisces, and count as many vectors per picture as the model makes.
+
+    Raises:
+        ValueError: naming the file and both counts.
+    """
+    path = folder / "processor_config.json"
+    if not all(hasattr(processor, name) for name in ("tokenizer", "image_processor", "num_image_tokens")):
+        raise ValueError(
+            f"{path}: describes a {type(processor).__name__}, expected a PiscesProcessor. Look at processor_class, or "
+            "download the checkpoint again."
+        )
+    for name in ("num_image_tokens", "num_gen_image_tokens") if processor.can_draw else ("num_image_tokens",):
+        expected, found = getattr(config, name, None), getattr(processor, name)
+        if expected is not None and found != expected:
+            raise ValueError(f"{path}: {name} is {found}, but config.json makes {expected} vectors. Repair it.")
+
+
+def check_part_settings(folder: Path, part: Any) -> None:
+    """Settings of a diffusers part must be of the types of their defaults; Python takes ["no"] for True.
+
+    Args:
+        folder: of the part.
+        part: a loaded U-Net, VAE or scheduler.
+
+    Raises:
+        ValueError: naming the first one that is not.
+    """
+    path = folder / ("scheduler_config.json" if hasattr(part, "set_timesteps") else "config.json")
+    for name, parameter in inspect.signature(type(part).__init__).parameters.items():
+        default, value = parameter.default, part.config.get(name)
+        if value is None or default is None or default is inspect.Parameter.empty:
+            continue
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(default, bool):
+            # some may be given for each block
+            is_right = isinstance(value, bool) or (
+                isinstance(value, (list, tuple)) and set(map(type, value)) <= {bool}
+            )
+            kind = "true or false"
+        elif isinstance(default, (int, float)):
+            is_right, kind = is_number or isinstance(value, (list, tuple)), "a number"
+        elif isinstance(default, str):
+            is_right, kind = isinstance(value, str), "a word"
+        else:
+            continue
+        if not is_right:
+            raise ValueError(f"{path}: {name} is {value!r:.80}, expected {kind}. Repair it.")
+    sides = part.config.get("sample_size")
+    for side in sides if isinstance(sides, (list, tuple)) else [sides]:
+        if side is not None and (type(side) is not int or side < 1):
+            raise ValueError(
+                f"{path}: sample_size is {sides!r:.80}, expected a whole number of at least 1. Repair it."
+            )
 
 
 def check_picture_sizes(folder: Path, processor: Any, config: Any) -> None:
@@ -23,9 +83,8 @@ def check_picture_sizes(folder: Path, processor: Any, config: Any) -> None:
         if image_processor is None or not isinstance(side, int):
             continue
         try:
-            shape = tuple(
-                image_processor(images=Image.new("RGB", (side, side)), return_tensors="pt").pixel_values.shape
-            )
+            pixels = image_processor(images=Image.new("RGB", (side, side), "white"), return_tensors="pt").pixel_values
+            shape, largest = tuple(pixels.shape), float(pixels.abs().max())  # NaN where one pixel is
         except Exception as error:  # whatever PIL, numpy and transformers say of a setting that they cannot use
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: {name} cannot prepare a picture ({reason}). Repair it.") from error
@@ -33,6 +92,29 @@ def check_picture_sizes(folder: Path, processor: Any, config: Any) -> None:
             raise ValueError(
                 f"{path}: {name} makes pictures of shape {shape[1:]}, but {tower} in "
                 f"config.json takes {(3, side, side)}. Give the checkpoint its own image processor."
+            )
+        if not largest <= MAX_PIXEL:
+            raise ValueError(
+                f"{path}: {name} makes {largest:g} of a white pixel, expected a number of about 1. Look at its "
+                "image_mean, image_std and rescale_factor, or download the checkpoint again."
+            )
+
+
+def check_tokens(folder: Path, processor: Any) -> None:
+    """The tokens of pictures must be found wherever they stand in a text, each as one id.
+
+    Raises:
+        ValueError: naming the token.
+    """
+    tokenizer = processor.tokenizer
+    drawn = ("gen_image_token", "gen_start_token", "gen_end_token") if processor.can_draw else ()
+    for name in ("image_token", *drawn):
+        token, token_id = getattr(processor, name), getattr(processor, f"{name}_id")
+        ids = tokenizer(f"a{token}{token}b", add_special_tokens=False)["input_ids"]
+        if ids.count(token_id) != 2:
+            raise ValueError(
+                f"{folder / 'tokenizer.json'}: {name} {token!r} is not found inside a text, so pictures have no place "
+                "there. Look at its entry in added_tokens, or download the checkpoint again."
             )
 
 
@@ -74,4 +156,11 @@ def check_generation_values(folder: Path, settings: Any) -> None:
         raise ValueError(f"{path}: max_new_tokens is {length!r}, expected a whole number of at least 1. Repair it.")
 
 
-__all__ = ["check_generation_values", "check_picture_sizes", "check_text_length"]
+__all__ = [
+    "check_generation_values",
+    "check_part_settings",
+    "check_picture_sizes",
+    "check_processor",
+    "check_text_length",
+    "check_tokens",
+]

@@ -8,6 +8,7 @@ be used without giving up the others. Names of pictures in and out are the busin
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -277,6 +278,8 @@ def _for_each(
             done = work(item)
         except ValueError as error:
             message = " ".join(str(error).split())
+            if not results and re.search(r"not finite|NaN", message) and str(folder) not in message:
+                message = f"{folder}: {message} A setting in its JSON files may be wrong."  # no input does that
             errors.append({kind: item, "error": message})
             print(f"pisces: error: {message}", file=sys.stderr)
             if stop:

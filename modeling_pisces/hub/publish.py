@@ -10,15 +10,15 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import ModelCard
 
-from pisces_commands.writing import write_json, write_whole
+from pisces_commands.writing import scratch_folder, write_json, write_whole
 
 from ..checkpoint.adapters import MODEL_CONFIG, Adapter, find_adapter, is_adapter
 from ..checkpoint.files import check_checkpoint, read_json
+from ..checkpoint.safety import check_links, check_regular
 from .cards import check_card
 from .checks import check_repo_id
 from .export import AUTO_MAP, export_to_folder
@@ -69,8 +69,8 @@ def publish(
     if base is not None and stage is _stage_checkpoint:
         raise ValueError(f"--base {base}: {folder} is a whole checkpoint, which has no base. Leave it out.")
     # beside the folder: a checkpoint is large, and the system's temporary folder often is not
-    with TemporaryDirectory(prefix=".push-", dir=source.resolve().parent) as held:
-        staged = Path(held) / "folder"
+    with scratch_folder(source) as held:
+        staged = held / "folder"
         send = stage(source, staged, base, repo_id)
         _fill_card(staged / "README.md", license, data)
         return send(staged, repo_id, private, token, revision)
@@ -82,7 +82,7 @@ Send = Callable[[Path, str, bool, str | None, str | None], PushReport]
 def _stage_checkpoint(source: Path, staged: Path, base: str | None, repo_id: str) -> Send:
     check_checkpoint(source, with_decoder=(source / "model_index.json").exists())
     export_to_folder(source, None, staged)
-    for name in ("provenance.json", "known_words.txt"):
+    for name in ("provenance.json", "known_words.txt"):  # check_checkpoint has looked where they lead
         if (source / name).is_file():
             shutil.copyfile(source / name, staged / name)
 
@@ -111,11 +111,15 @@ def stage_adapter(source: Path, staged: Path, base: str | None, repo_id: str) ->
             f"{source}: its base is {base or 'not named'}, which others cannot find. Add --base OWNER/NAME, under "
             "which the base is published."
         )
+    sheets = sorted((source / "guard").glob("step-*.png"))
+    paths = [path for pattern in ADAPTER_FILES for path in source.glob(pattern)]
+    for path in [*paths, *sheets[-1:]]:
+        check_regular(path)
+    check_links(source, [*paths, *sheets[-1:]])
     staged.mkdir()
-    for pattern in ADAPTER_FILES:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, staged / path.name)
-    if sheets := sorted((source / "guard").glob("step-*.png")):
+    for path in paths:
+        shutil.copyfile(path, staged / path.name)
+    if sheets:
         shutil.copyfile(sheets[-1], staged / "guard.png")
     if (staged / MODEL_CONFIG).is_file():
         config = read_json(staged / MODEL_CONFIG) | {"base_model_name_or_path": base}

@@ -71,9 +71,20 @@ BAD_JSON: dict[str, Callable[[random.Random], str]] = {
     "surrogate": lambda rng: '{"image": "a.png", "caption": "\\udc41"}',
     "a list": lambda rng: rng.choice(["[1]", '"text"', "5", "null", "true", "[]"]),
     "messages": lambda rng: rng.choice(['{"messages": [null]}', '{"messages": {}}', '{"messages": [[{}]]}']),
+    "nested nulls": lambda rng: rng.choice(NULLS),
     "outside": lambda rng: json.dumps({"image": rng.choice(OUTSIDE), "caption": "x"}),
     "token": lambda rng: '{"image": "a.png", "caption": "<|gen_start|>"}',
 }
+NULLS = (
+    '{"messages": [{"role": null, "content": null}]}',
+    '{"messages": [{"role": "user", "content": [null]}]}',
+    '{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}, null]}',
+    '{"messages": [{"role": "user", "content": [{"type": null, "text": "a"}]}]}',
+    '{"messages": null}',
+    '{"image": null, "caption": "x"}',
+    '{"image": "a.png", "caption": [null]}',
+    '{"image": {"bytes": null, "path": null}, "caption": "x"}',
+)
 OUTSIDE = (
     "../secret.png",
     "x/../../secret.png",
@@ -93,7 +104,9 @@ OUTSIDE = (
     "folder.png",
 )
 BAD_LINES = {
-    "syntax": lambda rng: rng.choice(["{broken", '{"a" 1}', "{'a': 1}", '{"a": 1} {"b": 2}', "}{", '{"a": "\x01"}']),
+    "syntax": lambda rng: rng.choice(
+        ["{broken", '{"a" 1}', "{'a': 1}", '{"a": 1} {"b": 2}', "}{", '{"a": "\x01"}', '{"a": "\0"}', "\0"]
+    ),
     "bytes": lambda rng: '{"image": "a.png", "caption": "\udcff\udcfe"}',
 }
 
@@ -123,6 +136,37 @@ def mixed(rng: random.Random, faults: dict[str, Any]) -> list[tuple[str | None, 
     entries += [(None, rng.choice(list(faults))) for _ in range(rng.randint(0, 4))]
     rng.shuffle(entries)
     return entries
+
+
+def long_line(rng: random.Random, folder: Path) -> Case:
+    """A line of ten megabytes between others, whose words are all in a field that nobody asked for."""
+    long = json.dumps({"image": "a.png", "caption": "long", "other": "y" * 10_000_000})
+    lines = [json.dumps({"image": "a.png", "caption": text}) for text in ("before", "after")]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join([lines[0], long, lines[1]]) + "\n")
+    return Case(path, {}, ["before", "long", "after"], [])
+
+
+def bomb(rng: random.Random, folder: Path) -> Case:
+    """A few kilobytes of gzip that unfold into hundreds of megabytes, in one member or in many of one sample."""
+    path, members = folder / "rows.tar.gz", rng.choice([1, 6])
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        for key, text in (("0", "before"), ("2", "after")):
+            if key == "2":
+                for number in range(members):
+                    info = tarfile.TarInfo(f"1.{number}.txt" if number else "1.txt")
+                    info.size = 300 * 2**20 // members
+                    tar.addfile(info, _Zeros())
+            for name, content in ((f"{key}.png", PNG), (f"{key}.txt", text.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return Case(path, {"shuffle_buffer": 1}, ["before", "after"], ["bomb"])
+
+
+class _Zeros(io.RawIOBase):
+    def read(self, size: int = -1) -> bytes:
+        return bytes(size)
 
 
 def _good(entries: list[tuple[str | None, str]]) -> tuple[list[str], list[str]]:
@@ -273,6 +317,7 @@ def parquet(rng: random.Random, folder: Path) -> Case:
 
 
 FORMATS = (jsonl, json_array, csv_table, tar_shard, picture_folder, parquet)
+LARGE = (long_line, bomb)  # seconds each
 
 
 # ---- what a case may not do
@@ -332,6 +377,33 @@ def check(make: Callable[[random.Random, Path], Case], seed: str) -> str:
         return _judge(case, records, Path(outer)) or "; ".join(_watch[0].found)
 
 
+# ---- the same sources through the commands
+
+COMMANDS = {
+    "finetune.check_data": "--data {s}",
+    "curation.scan": "--data {s} --index {w}/index --processes 1 --rows_per_shard 3",
+}
+
+
+def check_command(module: str, make: Callable[[random.Random, Path], Case], seed: str) -> str:
+    """Run a command on one case, in a copy of this process; what went wrong, or empty."""
+    from tests.crash.jobs import Job, open_texts
+    from tests.crash.running import Run
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as outer:
+        case = make(random.Random(seed), make_folder(Path(outer)))
+        work = Path(outer) / "work"
+        work.mkdir()
+        ended = Run(Job(module, module, COMMANDS[module], "", open_texts), case.path, work).wait()
+        if ended.code not in (0, 1, 2) or "Traceback" in ended.errors:
+            return f"{module}: exit code {ended.code}: {ended.errors[-500:]}"
+        if SECRET in ended.errors:
+            return f"{module}: the secret was read"
+        if ended.code == 2 and case.good:
+            return f"{module}: gave up good records: {ended.errors[-300:]}"
+        return f"{module}: took {ended.seconds:.0f} s" if ended.seconds > TIMEOUT_S else ""
+
+
 def _judge(case: Case, records: list[tuple[str, Any]], outer: Path) -> str:
     good = [prompt(row) for _, row in records if not isinstance(row, DataError)]
     bad = [f"{place}: {row}" for place, row in records if isinstance(row, DataError)]
@@ -354,11 +426,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=3000)
     parser.add_argument("--seed", default=str(time.time_ns()), help="default: a fresh one")
+    parser.add_argument(
+        "--commands", action="store_true", help="through check_data and curation.scan, not the readers"
+    )
+    parser.add_argument("--large", action="store_true", help="the large ones alone")
     options = parser.parse_args()
     start, bad = time.perf_counter(), 0
+    if options.commands:
+        from tests.crash.running import warm_up_modules
+
+        warm_up_modules(list(COMMANDS))
     for number in range(options.cases):
-        make = FORMATS[number % len(FORMATS)]
-        if problem := check(make, f"{options.seed}-{number}"):
+        makers = LARGE if options.large else FORMATS
+        make, seed = makers[number % len(makers)], f"{options.seed}-{number}"
+        module = list(COMMANDS)[number // len(makers) % len(COMMANDS)]
+        if problem := check_command(module, make, seed) if options.commands else check(make, seed):
             bad += 1
             print(f"{make.__name__} {options.seed}-{number}: {problem}", flush=True)
     print(f"seed {options.seed}: {options.cases} cases, {bad} failures, {time.perf_counter() - start:.0f} s")

@@ -17,7 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pisces_commands import writing
-from pisces_commands.writing import WriteError, append_line, whole_files, whole_folder, write_json, write_whole
+from pisces_commands.writing import (
+    WriteError,
+    append_line,
+    scratch_folder,
+    whole_files,
+    whole_folder,
+    write_json,
+    write_whole,
+)
 
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
@@ -268,6 +276,20 @@ def test_a_full_disk_in_a_folder_names_the_folder_and_other_errors_keep_their_wo
         with pytest.raises(type(error), match=r"No such file|header"), whole_folder(tmp_path / "out"):
             raise error
     assert names_in(tmp_path) == []
+
+
+def test_a_scratch_folder_is_empty_gone_afterwards_and_held_by_one(locks, tmp_path):
+    (tmp_path / ".mine.scratch.partial" / "left").mkdir(parents=True)  # by a kill
+    with scratch_folder(tmp_path / "mine") as folder:
+        assert folder.parent == tmp_path and not list(folder.iterdir())
+        (folder / "x").write_text("x")
+        with pytest.raises(ValueError, match=r"mine: another process is writing it just now"):
+            with scratch_folder(tmp_path / "mine"):
+                pass
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyError), scratch_folder(tmp_path / "mine"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_a_folder_that_holds_others_appear_together(locks, tmp_path):

@@ -138,12 +138,15 @@ def test_a_pipe_in_the_decoder_is_refused(folder, name):
 
 
 def test_links_to_regular_files_are_read_as_in_the_cache_of_the_hub(folder):
+    """Laid out as huggingface_hub does; other links out of the folder are in `test_hostile_checkpoints.py`."""
+    snapshot, blobs = (folder.parent / "models--a--b" / name for name in ("snapshots/1a2b", "blobs"))
+    for path in (snapshot, blobs):
+        path.mkdir(parents=True)
     for path in list(folder.iterdir()):
-        blob = folder.parent / f"blob-{path.name}"
-        path.rename(blob)
-        path.symlink_to(f"../{blob.name}")
-    check_checkpoint(folder)
-    load_model(folder, device="cpu")
+        path.rename(blobs / f"hash-of-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/hash-of-{path.name}")
+    check_checkpoint(snapshot)
+    load_model(snapshot, device="cpu")
 
 
 def test_json_nested_without_end_is_named(folder):
