@@ -55,7 +55,8 @@ def pictures_of(rows: Iterable[dict[str, Any]], kind: str) -> Iterator[Any]:
     """The pictures of one kind as the rows hold them, in reading order."""
     for row in rows:
         for role, part in iter_pictures(row):
-            if (role == "assistant") == (kind == "gen_vectors") and part.get("image") is not None:
+            wanted = (kind == "gen_vectors") == (role == "assistant") or part.get("as") == "both"
+            if wanted and part.get("image") is not None:
                 yield part["image"]
 
 

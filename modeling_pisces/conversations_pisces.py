@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.utils.generic import TensorType
 
-from .image_loading_pisces import DEFAULT_MAX_PIXELS, decode_base64, one_line
+from .image_loading_pisces import BOTH, DEFAULT_MAX_PIXELS, UNDERSTANDING, decode_base64, one_line
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------
@@ -160,7 +160,14 @@ def _part(part: Any, where: str) -> dict:
             f"{where}: part {one_line(repr(part), 80)} is neither text nor image. "
             'Write {"type": "text", "text": ...} or {"type": "image", "image": ...}.'
         )
+    if (shown_as := part.get("as", UNDERSTANDING)) not in (UNDERSTANDING, BOTH):
+        raise ValueError(
+            f'{where}: a picture is shown as {one_line(repr(shown_as), 40)}, expected "{UNDERSTANDING}" (the default) '
+            f'or "{BOTH}".'
+        )
     sources = [key for key in _IMAGE_KEYS if key in part]
+    if shown_as == BOTH:
+        return _shown_as_both(part, sources, where)
     if len(sources) + ("image_vectors" in part) > 1:
         raise ValueError(f"{where}: one image part has several sources {sources}. Keep one of them.")
     if "image_vectors" in part or not sources:
@@ -174,8 +181,65 @@ def _part(part: Any, where: str) -> dict:
     return {"type": "image", "image": source, **address}
 
 
+def _shown_as_both(part: dict, sources: list[str], where: str) -> dict:
+    """A picture for both paths; its vectors may stand beside it, so that the generation tower need not run."""
+    if len(sources) != 1:
+        raise ValueError(f'{where}: a picture shown as "{BOTH}" needs one source, found {sources}.')
+    shown = _part({key: value for key, value in part.items() if key not in ("as", "image_vectors")}, where)
+    return shown | {key: part[key] for key in ("as", "image_vectors") if key in part}
+
+
+def add_vectors_beside(
+    prompt: str, spans: list[tuple[int, int]], conversation: list[dict], tokens: tuple[str, str], where: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """Write a placeholder for generation vectors behind that of each picture that is shown as "both".
+
+    It is done in the finished prompt, because a chat template knows one placeholder for each picture of the user.
+
+    Args:
+        prompt: one row, as the template wrote it.
+        spans: (start, end) of what the assistant wrote in it.
+        conversation: of that row, from `normalize_conversations`.
+        tokens: placeholder of a picture to understand, and of one as vectors.
+        where: the row, for errors.
+
+    Returns:
+        the prompt, and the spans moved with it.
+
+    Raises:
+        ValueError: the template writes another number of placeholders than pictures are shown.
+    """
+    image_token, gen_image_token = tokens
+    parts = [
+        part
+        for message in conversation
+        if message["role"] != "assistant" and isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] == "image"
+    ]
+    places = [match.end() for match in re.finditer(re.escape(image_token), prompt)]
+    if len(places) != len(parts):
+        raise ValueError(
+            f"{where}: the template wrote {len(places)} {image_token} for {len(parts)} pictures, so that none of them "
+            f'can be shown as "{BOTH}". Leave "as" out, or take a template with one placeholder for each picture.'
+        )
+    ends = [place for place, part in zip(places, parts, strict=True) if part.get("as") == BOTH]
+    pieces = [prompt[start:end] for start, end in zip([0, *ends], [*ends, len(prompt)], strict=True)]
+    moved = [tuple(at + len(gen_image_token) * bisect_right(ends, at) for at in span) for span in spans]
+    return gen_image_token.join(pieces), moved  # type: ignore[return-value]
+
+
+def shows_both(conversation: list[dict]) -> bool:
+    """Whether some picture of a conversation is shown as "both"."""
+    shown = (message["content"] for message in conversation if message["role"] != "assistant")
+    contents = (content for content in shown if isinstance(content, list))
+    return any(part.get("as") == BOTH for content in contents for part in content)
+
+
 def collect_images(conversations: list[list[dict]]) -> dict[str, list[list]]:
     """The pictures of each row: shown by the user, drawn by the assistant, and drawn but kept as vectors.
+
+    A picture that is shown as "both" counts as shown and, for its vectors, as drawn.
 
     Returns:
         Three lists of rows, "images", "gen_images" and "gen_image_vectors". An image part without a source adds
@@ -191,6 +255,16 @@ def collect_images(conversations: list[list[dict]]) -> dict[str, list[list]]:
         for turn, message in enumerate(conversation):
             is_drawn = message["role"] == "assistant"
             for part in message["content"] if isinstance(message["content"], list) else []:
+                if part.get("as") == BOTH:
+                    if is_drawn:
+                        raise ValueError(
+                            f'row {row}, turn {turn}: the assistant\'s pictures are drawn, not shown as "{BOTH}". '
+                            'Leave "as" out.'
+                        )
+                    found["images"][-1].append(part["image"])
+                    kind = "gen_image_vectors" if "image_vectors" in part else "gen_images"
+                    found[kind][-1].append(part.get("image_vectors", part["image"]))
+                    continue
                 if "image_vectors" in part and not is_drawn:
                     raise ValueError(
                         f"row {row}, turn {turn} ({message['role']}): image_vectors belong to assistant turns. "

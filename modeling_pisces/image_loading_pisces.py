@@ -59,6 +59,9 @@ _OTHER_FORMATS = {
     rb"\x1aE\xdf\xa3": "a video (Matroska)",
 }
 
+# How a picture of the user enters: by the understanding path, or with its generation vectors beside it as context.
+UNDERSTANDING, BOTH = "understanding", "both"
+
 # 100 megapixels: above any camera sensor a user is likely to own, and 300 MB once decoded
 DEFAULT_MAX_PIXELS = 100_000_000
 # The longest side that a JPEG can have; a side of 10^8 pixels breaks PIL's own arithmetic although its area is small

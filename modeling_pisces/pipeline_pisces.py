@@ -53,7 +53,7 @@ from .decoder_pisces import (
     step_options,
     vae_scale_factor,
 )
-from .image_loading_pisces import load_image
+from .image_loading_pisces import BOTH, UNDERSTANDING, load_image
 from .pipeline_checks_pisces import (
     Generators,
     check_callback,
@@ -253,11 +253,13 @@ class PromptsToDraw:
         texts: B prompts; of an edit the instructions.
         pictures: the pictures that each prompt shows, opened, or None.
         negative: 1 or B texts that guidance of an edit's vectors leads away from, with the same pictures.
+        shown_as: how the pictures enter, as in rows of data: "understanding" or "both".
     """
 
     texts: list[str]
     pictures: list[list[Image.Image]] | None = None
     negative: list[str] | None = None
+    shown_as: str = UNDERSTANDING
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -384,6 +386,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         vector_kwargs: dict[str, Any] | None = None,
         image: Any = None,
         strength: float | None = None,
+        image_as: str = UNDERSTANDING,
     ) -> ImagePipelineOutput | tuple:
         """Draw `num_images_per_prompt` pictures for every prompt, or for every given row of vectors.
 
@@ -419,6 +422,8 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
                 height x width) and runs the last `strength` of its steps, as diffusers' image-to-image pipelines do; a
                 small one keeps more of the pixels. Needs a VAE. None starts from noise; `latents` is the noise then,
                 and here what is put on the source.
+            image_as: "understanding", or "both" for a checkpoint that was trained on rows that say so: the pictures'
+                generation vectors stand beside them.
 
         Returns:
             an output whose `images` holds B * num_images_per_prompt pictures, prompt by prompt.
@@ -435,7 +440,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         check_output_type(output_type)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         vector_kwargs = check_vector_options(vector_kwargs)
-        positive = self._check_positive(prompt, image_vectors, image, negative_prompt)
+        positive = self._check_positive(prompt, image_vectors, image, negative_prompt, image_as)
         pictures = positive.pictures if isinstance(positive, PromptsToDraw) else None
         strength = check_strength(strength, pictures, self.vae, self.scheduler)
         negative = self._check_negative(
@@ -492,7 +497,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         Returns:
             as drawing does: `num_images_per_prompt` pictures for every given one.
         """
-        if wrong := {"prompt", "negative_prompt", "image_vectors", "strength"} & set(kwargs):
+        if wrong := {"prompt", "negative_prompt", "image_vectors", "strength", "image_as"} & set(kwargs):
             raise ValueError(f"reconstruct takes no {', '.join(sorted(wrong))}: the pictures say what to draw.")
         model, processor = self._require_language_model("reconstruct pictures")
         check_decoder(self.unet, self.vae, model.config.gen_vector_size, "vision_language_model")
@@ -508,6 +513,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         generator: Generators = None,
         image: Any = None,
         negative_prompt: str | list[str] | None = None,
+        image_as: str = UNDERSTANDING,
         **vector_kwargs,
     ) -> Tensor:
         """Let the language model write the vectors of every prompt; hand them back as `image_vectors` to draw.
@@ -517,6 +523,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
             image: pictures that the prompts change, as a call takes them.
             negative_prompt: one for all or one per prompt; what guidance of the vectors leads away from, beside the
                 same pictures. None is the empty instruction with pictures, and the model's own empty prompt without.
+            image_as: how the pictures are shown, as a call takes it.
             num_images_per_prompt: drawings per prompt. Only a head of type "flow" makes them differ.
             generator: one, or a list with one per drawing; used only by a head of type "flow".
             vector_kwargs: passed on to `model.generate`.
@@ -524,7 +531,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         Returns:
             (B * num_images_per_prompt, M, Dg), prompt by prompt, in the model's dtype.
         """
-        prompts = self._prompts_to_draw(prompt, image, negative_prompt)
+        prompts = self._prompts_to_draw(prompt, image, negative_prompt, image_as)
         num_images_per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
         generator = check_generators(generator, len(prompts) * num_images_per_prompt, self._execution_device)
         return self._encode(prompts, num_images_per_prompt, generator, check_vector_options(vector_kwargs))
@@ -542,9 +549,9 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
             if generator is not None:
                 vector_kwargs = {**vector_kwargs, "generator": generator}
         device, dtype = self._execution_device, model.dtype
-        inputs = self._prompt_inputs(texts, pictures).to(device, dtype=dtype)
+        inputs = self._prompt_inputs(texts, pictures, prompts.shown_as).to(device, dtype=dtype)
         if negative is not None and "negative_prompt_ids" not in vector_kwargs and self._guides_vectors(vector_kwargs):
-            away = self._prompt_inputs(negative, pictures).to(device)
+            away = self._prompt_inputs(negative, pictures, prompts.shown_as).to(device)
             vector_kwargs = {
                 **vector_kwargs,
                 "negative_prompt_ids": away["input_ids"],
@@ -556,8 +563,13 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         check_finite("the vectors of the language model", vectors, advice)
         return vectors if is_random else vectors.repeat_interleave(num_images_per_prompt, dim=0)
 
-    def _prompts_to_draw(self, prompt: Any, image: Any, negative_prompt: Any = None) -> PromptsToDraw:
+    def _prompts_to_draw(
+        self, prompt: Any, image: Any, negative_prompt: Any = None, image_as: str = UNDERSTANDING
+    ) -> PromptsToDraw:
         """Prompts and their opened pictures; a wrong pairing and a broken file are refused here."""
+        if image_as not in (UNDERSTANDING, BOTH) or (image is None and image_as != UNDERSTANDING):
+            found = "without image" if image is None else f'expected "{UNDERSTANDING}" or "{BOTH}"'
+            raise ValueError(f"image_as={image_as!r}: {found}. It says how the pictures of image= are shown.")
         texts = prompt_list("prompt", prompt)
         rows = None if image is None else picture_rows(image, len(texts))
         pictures = None if rows is None else [[load_image(picture) for picture in row] for row in rows]
@@ -565,7 +577,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         if negative_prompt is not None or pictures is not None:
             negative = prompt_list("negative_prompt", "" if negative_prompt is None else negative_prompt)
             check_rows("negative_prompt", len(negative), len(texts))
-        return PromptsToDraw(texts, pictures, negative)
+        return PromptsToDraw(texts, pictures, negative, image_as)
 
     def _guides_vectors(self, vector_kwargs: dict[str, Any]) -> bool:
         """Whether `generate` will guide the vectors: as the call says, else as the checkpoint's own settings do."""
@@ -574,14 +586,19 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         given = [vector_kwargs.get("guidance_scale"), *(getattr(place, "guidance_scale", None) for place in places)]
         return next((scale for scale in given if scale is not None), 1) != 1
 
-    def _prompt_inputs(self, prompts: list[str], pictures: list[list[Image.Image]] | None = None):
+    def _prompt_inputs(
+        self, prompts: list[str], pictures: list[list[Image.Image]] | None = None, shown_as: str = UNDERSTANDING
+    ):
         """One user turn per prompt, ended so that the next thing the model does is draw; padded on the left.
 
         Pictures come first, as in the rows that training uses.
         """
         shown = [[] for _ in prompts] if pictures is None else pictures
         contents = [
-            [*({"type": "image", "image": picture} for picture in row), {"type": "text", "text": prompt}]
+            [
+                *({"type": "image", "image": picture, "as": shown_as} for picture in row),
+                {"type": "text", "text": prompt},
+            ]
             for prompt, row in zip(prompts, shown, strict=True)
         ]
         return self.processor.apply_chat_template(
@@ -695,7 +712,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         other = "load the decoder with torch_dtype=torch.float32" if is_half else "another scheduler"
         return f"{given}, or {other}."
 
-    def _check_positive(self, prompt: Any, image_vectors: Any, image: Any, negative_prompt: Any) -> Any:
+    def _check_positive(self, prompt: Any, image_vectors: Any, image: Any, negative_prompt: Any, image_as: str) -> Any:
         """What to draw: prompts, vectors, or pictures to encode; either way it fits the decoder."""
         if image is not None and prompt is None:
             found = "image_vectors, which say already what to draw" if image_vectors is not None else "no prompt"
@@ -710,7 +727,7 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
             self._check_vectors("image_vectors", image_vectors)
             return image_vectors
         # of a prompt alone the vectors' guidance leads away from what the model takes for empty
-        prompts = self._prompts_to_draw(prompt, image, None if image is None else negative_prompt)
+        prompts = self._prompts_to_draw(prompt, image, None if image is None else negative_prompt, image_as)
         model, _ = self._require_language_model("draw from a prompt")
         check_decoder(self.unet, self.vae, model.config.gen_vector_size, "vision_language_model")
         return prompts
@@ -743,7 +760,9 @@ class PiscesPipeline(DecoderLoraMixin, DiffusionPipeline):
         check_rows("negative_prompt", len(prompts), len(positive))
         self._require_language_model("encode the negative prompt (or pass negative_image_vectors=)")
         # beside pictures there is one for each prompt, because no two show the same
-        return PromptsToDraw(prompts if pictures is None else _one_per_row(prompts, len(positive)), pictures)
+        if pictures is None:
+            return PromptsToDraw(prompts)
+        return PromptsToDraw(_one_per_row(prompts, len(positive)), pictures, shown_as=positive.shown_as)
 
     def _check_vectors(self, name: str, vectors: Tensor) -> None:
         check_vectors(name, vectors)

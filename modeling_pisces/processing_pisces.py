@@ -35,6 +35,7 @@ from .conversations_pisces import (
     ChatInputs,
     PlainTextTokenizer,
     TypedTokens,
+    add_vectors_beside,
     assistant_mask,
     call_setting,
     check_counts,
@@ -47,6 +48,7 @@ from .conversations_pisces import (
     flatten,
     normalize_conversations,
     one_line_errors,
+    shows_both,
 )
 from .image_loading_pisces import load_image, one_line
 
@@ -401,6 +403,8 @@ class PiscesProcessor(ProcessorMixin):
         prompts, spans = _render(typed.hide(inputs) if sanitize_control_tokens else inputs, settings)
         if not sanitize_control_tokens:
             typed.refuse(inputs, prompts, lambda hidden: _render(hidden, settings)[0])
+        if any(map(shows_both, conversations)):
+            prompts, spans = self._show_both(prompts, spans, conversations)
         if generation_mode == "image":
             prompts = [self._open_drawing(prompt) for prompt in prompts]
         if not tokenize:
@@ -428,6 +432,16 @@ class PiscesProcessor(ProcessorMixin):
             raise ValueError("this processor is understanding-only, so it has no drawing mode.")
         if wants_mask and not self.tokenizer.is_fast:
             raise ValueError("return_assistant_tokens_mask needs a fast tokenizer (of the tokenizers library).")
+
+    def _show_both(self, prompts: list[str], spans: list, conversations: list[list[dict]]) -> tuple[list[str], list]:
+        """Prompts and spans with the placeholders of the vectors that stand beside pictures."""
+        if not self.can_draw:
+            raise ValueError('this processor is understanding-only: it shows no picture as "both". Leave "as" out.')
+        tokens = (self.image_token, self.gen_image_token)
+        wanted = spans or [[] for _ in prompts]  # none were asked for
+        rows = enumerate(zip(prompts, wanted, conversations, strict=True))
+        found = [add_vectors_beside(*row, tokens, f"row {index}") for index, row in rows]
+        return [prompt for prompt, _ in found], [moved for _, moved in found]
 
     @property
     def _picture_tokens(self) -> list[str]:

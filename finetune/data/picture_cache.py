@@ -229,13 +229,23 @@ class CachedPictureCollator:
 
     def _part(self, part: Any, is_drawn: bool, features: list[torch.Tensor]) -> Any:
         kind = "gen_vectors" if is_drawn else "image_features"
-        if not isinstance(part, dict) or part.get("image") is None or kind not in self.kinds:
+        if not isinstance(part, dict) or part.get("image") is None:
             return part
-        value = self.cache.get(kind, part["image"])
+        source, replaced = part["image"], dict(part)
+        if part.get("as") == "both" and "gen_vectors" in self.kinds:
+            replaced["image_vectors"] = self.cache.get("gen_vectors", source)
+        elif part.get("as") == "both":  # one pixel stands for it, which is no picture to encode
+            raise ValueError(
+                f'{self.cache.folder} has no gen_vectors for a picture that is shown as "both". Add them: '
+                "python -m finetune.precompute --kinds image_features gen_vectors."
+            )
+        if kind not in self.kinds:
+            return replaced
+        value = self.cache.get(kind, source)
         if is_drawn:
             return {"type": "image", "image_vectors": value}
         features.append(value)
-        return {"type": "image", "image": _PIXEL}
+        return replaced | {"image": _PIXEL}
 
 
 _PIXEL = Image.new("RGB", (1, 1), "white")

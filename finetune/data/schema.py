@@ -95,6 +95,8 @@ def _check_message(message: Any, field: str) -> dict[str, Any]:
     if not isinstance(content, (list, tuple)) or not content:
         raise DataError(f"{field}.content: found {show(content)}, expected a text or a list of at least one part")
     parts = [_check_part(part, f"{field}.content[{index}]") for index, part in enumerate(content)]
+    if role == "assistant" and any("as" in part for part in parts):
+        raise DataError(f"{field}.content: the assistant draws its pictures; expected as: both in turns of the user")
     if role == "assistant" and not any(part["type"] == "image" or part["text"].strip() for part in parts):
         raise DataError(f"{field}.content: the assistant says and draws nothing; expected a text or a picture")
     if not any(part["type"] == "image" or part["text"].strip() or not part["text"] for part in parts):
@@ -146,7 +148,10 @@ def _check_part(part: Any, field: str) -> dict[str, Any]:
     sources = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
     if len(sources) != 1:
         raise DataError(f'{field}: found {len(sources)} pictures in one image part, expected one, under "image"')
-    return {"type": "image", "image": sources[0]}
+    shown_as = part.get("as")
+    if shown_as not in (None, "understanding", "both"):
+        raise DataError(f'{field}.as: found {show(shown_as)}, expected "understanding" (the default) or "both"')
+    return {"type": "image", "image": sources[0]} | ({"as": "both"} if shown_as == "both" else {})
 
 
 def iter_pictures(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -58,6 +58,45 @@ def vectors_by_hand(pipe, *rows, **options) -> torch.Tensor:
 # ---- what an edit is
 
 
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}])
+def test_pictures_shown_as_both_give_the_vectors_of_the_rows_that_say_so(options):
+    pipe = make_full_pipeline(gen_head_type="mlp")
+    row = messages("make it red", BLUE)
+    row[0]["content"][0]["as"] = "both"
+    away = dict(options)
+    if options:
+        empty = messages("", BLUE)
+        empty[0]["content"][0]["as"] = "both"
+        inputs = pipe.processor.apply_chat_template(
+            [empty], add_generation_prompt=True, generation_mode="image", tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        away["negative_prompt_ids"] = inputs["input_ids"]
+    wanted = vectors_by_hand(pipe, row, **away)
+    found = pipe.encode_prompt("make it red", image=BLUE, image_as="both", **options)
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, pipe.encode_prompt("make it red", image=BLUE, **options))
+    settings = {"guidance_scale": 1.0, "vector_kwargs": options}
+    pictures = pipe("make it red", image=BLUE, image_as="both", generator=seeds(1), **settings).images
+    again = pipe(image_vectors=wanted, generator=seeds(1), guidance_scale=1.0).images
+    assert np.abs(np.asarray(pictures[0], dtype=int) - np.asarray(again[0], dtype=int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image": BLUE, "image_as": "pixels"}, 'image_as=\'pixels\': expected "understanding" or "both"'),
+        ({"image_as": "both"}, "image_as='both': without image"),
+    ],
+)
+def test_a_way_to_show_pictures_is_known_and_has_pictures(options, message):
+    pipe = make_full_pipeline()
+    with pytest.raises(ValueError, match=message):
+        pipe("make it red", **options)
+    with pytest.raises(ValueError, match=message):
+        pipe.encode_prompt("make it red", **options)
+
+
 def test_an_edit_draws_what_the_model_draws_after_the_picture_and_the_instruction():
     pipe = make_full_pipeline()
     expected = vectors_by_hand(pipe, messages("make it blue", RED))
