@@ -21,6 +21,7 @@ from trl import SFTTrainer
 
 from finetune.data.collator import PiscesDataCollator
 from finetune.guard.loss_totals import LossTotals, count_targets
+from finetune.training.learning_rate import give_rows_their_rate
 from finetune.training.run_habits import RunHabits
 from finetune.training.sft_config import PiscesSFTConfig
 
@@ -102,6 +103,13 @@ class PiscesSFTTrainer(RunHabits, SFTTrainer):
         policy = getattr(plugin, "mixed_precision_policy", None)
         if plugin is not None and policy is not None and plugin.fsdp_version == 2:
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and isinstance(optimizer, torch.optim.Optimizer):
+            give_rows_their_rate(optimizer, self.model)
+        return optimizer
 
     # ---- the loss ----
 

@@ -17,6 +17,7 @@ from tests.fixtures import make_model, make_processor
 NEW = [262, 263, 264, 265]
 CONFIG = {"new_token_ids": NEW, "num_token_rows": 266}
 SIDES = ("understanding", "generation")
+PLAIN = AdapterConfig(model_name_or_path="tiny", lora_r=4)
 
 
 def adapted_model(tied: bool, flavour: str = "portable"):
@@ -43,6 +44,32 @@ def test_training_moves_rows_of_new_tokens_and_no_other(tied, flavour, tmp_path)
     embedding, head = rows_of(model)
     assert torch.equal(embedding, head) == tied
     assert bool((head[264] != before[1][264]).any()), "<|gen_start|> is what the model has to learn to write"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rows_of_new_tokens_move_faster_than_the_adapter(tied, tmp_path):
+    model = adapted_model(tied)
+    trainer = make_trainer(model, make_rows("ud"), tmp_path, max_steps=2, learning_rate=1e-6, warmup_steps=0)
+    trainer.create_optimizer()
+    names = {id(value): name for name, value in model.named_parameters() if value.requires_grad}
+    rates = {names[id(v)]: group["lr"] for group in trainer.optimizer.param_groups for v in group["params"]}
+    assert len(rates) == len(names) == sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    rows = {name: rate for name, rate in rates.items() if "trainable_tokens_delta" in name}
+    assert len(rows) == (1 if tied else 2) and {rate for name, rate in rates.items() if name not in rows} == {1e-6}
+    spread = torch.stack([v.detach().std() for v in model.parameters() if names.get(id(v)) in rows]).mean()
+    assert all(rate == pytest.approx(0.05 * float(spread), rel=1e-5) for rate in rows.values())
+    before = rows_of(model)[1][264]
+    trainer.train()  # the schedule scales both, and the log tells the adapter's
+    moved = float((rows_of(model)[1][264] - before).abs().max())
+    assert 0.02 * float(spread) < moved < 0.11 * float(spread)
+    assert max(point.get("learning_rate", 0) for point in trainer.state.log_history) <= 1e-6
+
+
+def test_rows_are_never_slower_than_the_adapter_and_without_rows_nothing_changes(tmp_path):
+    for model, groups in ((adapted_model(True), 3), (add_adapter(make_model(), PLAIN, SIDES), 2)):
+        trainer = make_trainer(model, make_rows("ud"), tmp_path, max_steps=1, learning_rate=0.5)
+        trainer.create_optimizer()
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.5] * groups
 
 
 def test_a_padding_row_has_no_gradient_under_an_adapter():
