@@ -210,7 +210,9 @@ def test_the_ground_imports_no_room():
     for path in python_files(GROUND):
         rooms = {name.split(".")[0] for name in imported_modules(path)} & set(ROOMS)
         # the console hands over to what its commands do, when one of them runs; `serve` brings its own flags
-        assert rooms <= ({"modeling_pisces", "pisces_demo", "pisces_serving"} if path.name == "console.py" else set()), path
+        assert rooms <= (
+            {"modeling_pisces", "pisces_demo", "pisces_serving"} if path.name == "console.py" else set()
+        ), path
 
 
 def test_what_an_export_carries_is_flat_and_imports_its_siblings_by_name():
