@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curation_faults import Scenes, plant, shaded_photo
+from benchmarks.material.curation_faults import Scenes, plant, shaded_photo
 from curation.records.scanning import run_scan
 from curation.run import main as run
 from curation.stages.benchmarks import contamination_settings, run_contamination

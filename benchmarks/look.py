@@ -20,7 +20,7 @@ from PIL import Image, ImageChops, ImageFilter
 from pisces_commands.arguments import COUNT, LineParser
 from pisces_commands.ending import run_command
 from pisces_commands.measurement import write_result
-from pisces_commands.writing import whole_folder, write_json
+from pisces_commands.writing import whole_folder, write_json, write_whole
 
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     kept = work / "kept.jsonl"
     lines = (scenes / "scenes.jsonl").read_text(encoding="utf-8").splitlines()[options.num_pictures :]
     rows = [{"image": f"scenes/{r['image']}", "caption": r["captions"][-1]} for r in map(json.loads, lines)]
-    kept.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(kept, "".join(json.dumps(row) + "\n" for row in rows))
     words = ["-m", "finetune.lora_decoder", "--model_name_or_path", options.model, "--data", str(look)]
     words += ["--keep", str(kept), "--output_dir", str(work / "adapter"), *options.flags.split()]
     seconds = run(words, work / "adapter")

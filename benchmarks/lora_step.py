@@ -35,7 +35,7 @@ from PIL import Image
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.lora_models import (
+from benchmarks.material.lora_models import (
     LANGUAGE_MODEL,
     drawing_row,
     make_config,

@@ -16,7 +16,7 @@ import torch
 
 from modeling_pisces.checkpoint.adapters import Adapter, attach_choices
 from modeling_pisces.checkpoint.loading import load_model, load_pipeline
-from modeling_pisces.console.commands import DEFAULT_ANSWER_LENGTH
+from modeling_pisces.console.answers import DEFAULT_ANSWER_LENGTH
 
 from .answers import Chat, write_answer
 from .batcher import Batcher, Job

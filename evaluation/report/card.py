@@ -85,7 +85,7 @@ def interleaved(heldout: dict[str, Any], shown: dict[str, Any] | None) -> str:
 EDIT_WAYS = {
     "edit": "**the model**",
     "copy": "the source as it is",
-    "redraw": "described, changed by the truth, drawn again",
+    "redraw": "described and drawn again",
     "shift": "the source's vectors, moved by what that changes",
 }
 

@@ -6,7 +6,7 @@ import pytest
 import transformers
 from packaging import version
 
-from benchmarks import lora_models as benchmark_models
+from benchmarks.material import lora_models as benchmark_models
 from benchmarks import lora_step as benchmark_step
 
 

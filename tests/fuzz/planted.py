@@ -367,7 +367,7 @@ PLANTED: dict[str, tuple[Callable[[Path], Any], bool | None]] = {
         )
         for reference in (
             "../outside.safetensors",
-            "../../work/outside.safetensors",
+            "../../planted/outside.safetensors",
             "absolute",
             "./../outside.safetensors",
         )

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from modeling_pisces import PiscesConfig, PiscesForConditionalGeneration, PiscesProcessor
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PICTURES = sorted((ROOT / "examples" / "images").glob("*.png"))
 WORDS = "the red circle is left of a blue square and two small stars are above it on a dark background".split()
 LANGUAGE_MODEL = r".*language_model\..*\.(q|k|v|o|gate|up|down)_proj"

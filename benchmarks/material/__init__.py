@@ -1,0 +1,1 @@
+"""What benchmarks run on: small random models, and pictures with planted faults. Each file belongs to one command."""
