@@ -66,12 +66,11 @@ def main() -> None:
         pipeline = load_pipeline(Path(args.model))
         pipeline.set_progress_bar_config(disable=True)
         deck = make_deck(pipeline, Path(args.model).name, pictures)
-        measured = _kept(args.output)
         for part in args.parts:
             load = round(os.getloadavg()[0], 2)
             run = {"command": current_command(), "commit": current_commit(), "load_average": load}
-            measured[part] = {**MEASURES[part](args, deck, pipeline), "run": run}
-            write_result(args.output, "serving", BAR, {"threads": args.threads, **measured})
+            measured = {part: {**MEASURES[part](args, deck, pipeline), "run": run}}
+            write_result(args.output, "serving", BAR, {"threads": args.threads, **_kept(args.output), **measured})
 
 
 def _kept(output: str) -> dict[str, Any]:

@@ -1,7 +1,11 @@
 """Everything that is refused is refused by name, with an honest number, in the one form that clients read."""
 
 import base64
+import dataclasses
+import functools
+import http.server
 import json
+import threading
 
 import pytest
 
@@ -187,6 +191,27 @@ def test_a_picture_is_a_data_url_and_never_a_path_or_an_address(served, url, wor
     for path, body in [(CHAT, {"messages": [{"role": "user", "content": [part]}]}), (EMBED, {"input": part})]:
         answer = served.ask(path, body)
         assert answer.status_code == 400 and words in refusal(answer)["message"]
+
+
+def test_addresses_are_visited_only_where_the_server_was_told_so(served, tmp_path, monkeypatch):
+    """A web server of this machine; the picture from it is the same as the one in the request."""
+    (tmp_path / "a.png").write_bytes(png(picture()))
+    (tmp_path / "large.png").write_bytes(png(picture(size=(200, 51))))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{web.server_port}"
+        parts = [
+            {"type": "image_url", "image_url": {"url": f"{address}/{name}"}} for name in ("a.png", "large.png", "b")
+        ]
+        assert "--allow_urls" in refusal(served.ask(EMBED, {"input": parts[0]}))["message"]
+        allowed = dataclasses.replace(served.server.settings, allow_urls=True)
+        monkeypatch.setattr(served.server, "settings", allowed)
+        fetched, large, absent = (served.ask(EMBED, {"input": part}) for part in parts)
+        web.shutdown()
+    assert fetched.json()["data"] == served.ask(EMBED, {"input": data_url(picture())}).json()["data"]
+    assert large.status_code == 400 and "200 x 51 pixels" in refusal(large)["message"]
+    assert absent.status_code == 400 and "404" in refusal(absent)["message"]
 
 
 def test_a_picture_of_too_many_pixels_is_refused_from_its_header(served):
