@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,14 +238,25 @@ class Worker(threading.Thread):
 
         items = [item for job in jobs for item in job.work.items]
         texts = [item for item in items if isinstance(item, str)]
-        pictures = [decode(item, self.settings.max_pixels) for item in items if not isinstance(item, str)]
-        of_texts = iter(embed_texts(self.model, self.processor, texts) if texts else ())
-        of_pictures = iter(embed_images(self.model, self.processor, pictures) if pictures else ())
+        pictures = [item for item in items if not isinstance(item, str)]
+        size = self.settings.max_batch  # at once: a small file may be a large picture
+        of_texts = (vector for part in _parts(texts, size) for vector in embed_texts(self.model, self.processor, part))
+        of_pictures = (
+            vector
+            for part in _parts(pictures, size)
+            for vector in embed_images(
+                self.model, self.processor, [decode(one, self.settings.max_pixels) for one in part]
+            )
+        )
         vectors = iter([next(of_texts if isinstance(item, str) else of_pictures) for item in items])
         return [([next(vectors) for _ in job.work.items], self._num_tokens(job.work.items)) for job in jobs]
 
     def _num_tokens(self, items: list[Any]) -> int:
         return sum(len(self.processor.tokenizer(item)["input_ids"]) for item in items if isinstance(item, str))
+
+
+def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    yield from (items[start : start + size] for start in range(0, len(items), size))
 
 
 def as_api_error(error: Exception) -> ApiError:

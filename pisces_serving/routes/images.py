@@ -51,7 +51,9 @@ async def _drawn(
     fields.finish()
     if pictures is not None:
         work.pictures = await _checked(pictures, server)
-    ticket = Ticket(request, server, Key(endpoint, adapter, shape), len(work.seeds), work)
+    # of an edit its pictures are rows too: a batch holds them decoded
+    num_rows = len(work.seeds) * max(1, len(work.pictures or ()))
+    ticket = Ticket(request, server, Key(endpoint, adapter, shape), num_rows, work)
     images = await ticket.result()
     data = [
         {"b64_json": await asyncio.to_thread(encode_png, image), "seed": seed}

@@ -246,3 +246,22 @@ def test_an_edit_of_two_pictures_never_shares_a_batch_with_one_of_a_single_pictu
         answers = list(pool.map(call, [one, two, one, two]))
     assert [answer.status_code for answer in answers] == [200] * 4
     assert answers[0].json()["data"] == answers[2].json()["data"] != answers[1].json()["data"]
+
+
+def test_many_pictures_to_embed_are_decoded_a_batch_at_a_time(checkpoint, monkeypatch):
+    from modeling_pisces.console import embedding
+    from tests.pisces_serving.serving_fixtures import data_url
+
+    found, sizes, whole = Served(checkpoint, max_batch=3), [], embedding.embed_images
+    urls = [data_url(picture(seed)) for seed in range(4)]
+    one_by_one = [found.ask("/v1/embeddings", {"input": url}).json()["data"][0]["embedding"] for url in urls]
+
+    def noted(model, processor, images):
+        sizes.append(len(images))
+        return whole(model, processor, images)
+
+    monkeypatch.setattr(embedding, "embed_images", noted)
+    together = found.ask("/v1/embeddings", {"input": urls}).json()["data"]
+    found.close()
+    assert sizes == [3, 1]
+    np.testing.assert_allclose([datum["embedding"] for datum in together], one_by_one, atol=1e-5)
