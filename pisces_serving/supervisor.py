@@ -125,9 +125,11 @@ class Supervisor:
             self.child.stdin.write(json.dumps(settings) + "\n")
             self.child.stdin.flush()
             for line in self.child.stdout:
-                was_ready = was_ready or line.strip() == READY
-                if line.strip() == READY:
-                    self._say(f"ready at http://{_shown_host(self.settings.host)}:{self.port}/v1")
+                if line.strip() != READY:
+                    print(line, end="", file=sys.stderr, flush=True)  # uvicorn's line per request, with --verbose
+                    continue
+                was_ready = True
+                self._say(f"ready at http://{_shown_host(self.settings.host)}:{self.port}/v1")
         except BrokenPipeError:
             pass  # it died before it read its settings; its own line says why
         code = self.child.wait()

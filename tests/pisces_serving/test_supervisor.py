@@ -27,6 +27,7 @@ plan, *rest = plans.read_text().split()
 plans.write_text(" ".join(rest))
 if plan == "fail":
     sys.exit(2)
+print("a line of the log", flush=True)
 print("ready", flush=True)
 if plan == "killed":
     time.sleep(0.1)
@@ -54,6 +55,7 @@ def test_a_killed_child_is_started_again_on_the_same_socket(tmp_path, monkeypatc
     said = capsys.readouterr().err
     assert said.count("ended with signal 9; it is started again") == 2
     assert said.count(f"ready at http://127.0.0.1:{port}/v1") == 3
+    assert said.count("a line of the log\n") == 3
 
 
 def test_a_child_that_never_gets_ready_ends_the_command_with_its_code(tmp_path, monkeypatch):
