@@ -173,7 +173,7 @@ def start_and_stop(
 
     def announce(request: gr.Request, *values: Any) -> Any:
         stops.announce(str(request.session_hash))
-        return (*values, None) if taken else None
+        return (*values, {"text": "", "files": []}) if taken else None
 
     def end(request: gr.Request) -> None:
         stops.stop(str(request.session_hash))
@@ -217,7 +217,8 @@ def shown_messages(messages: Sequence[Message], cache: str) -> list[dict[str, An
             elif part.text is None:
                 content.append({"type": "text", "text": "drawing ..."})
             elif part.text:
-                content.append({"type": "text", "text": part.text})
+                # without Markdown gradio still reads HTML, and a picture named in it would be fetched
+                content.append({"type": "text", "text": html.escape(part.text, quote=False)})
         if content:
             shown.append({"role": message.role, "content": content})
     return shown

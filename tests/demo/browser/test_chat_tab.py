@@ -133,10 +133,7 @@ def test_an_empty_message_and_a_file_that_is_no_picture_are_one_line_each(visito
     visitor.page.locator("#message textarea").press("Enter")
     assert "The message is empty. Write a question, or what to draw." in visitor.toast()
     (tmp_path / "photo.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\nshowpage\n")
-    visitor.upload("message", tmp_path / "photo.png")
-    visitor.page.locator("#message textarea").fill("what is it?")
-    visitor.page.wait_for_timeout(1500)
-    visitor.page.locator("#message .submit-button").click()
+    visitor.ask("what is it?", [tmp_path / "photo.png"])
     assert "photo.png: EPS (PostScript), not one of" in visitor.toast()
     assert visitor.answers() == []
     visitor.arrive()

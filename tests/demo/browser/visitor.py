@@ -150,11 +150,16 @@ class Visitor:
 
     def ask(self, text, files=()):
         for path in files:
-            self.upload("message", path)
-        if files:
-            self.page.locator("#message .thumbnail-item, #message img").first.wait_for()
+            self.attach(path)
         self.page.locator("#message textarea").fill(text)
         self.page.locator("#message .submit-button").click()
+
+    def attach(self, path):
+        """A picture chosen by the clip beside the field."""
+        with self.page.expect_file_chooser() as chooser:
+            self.page.locator("#message .upload-button").click()
+        chooser.value.set_files(path)
+        self.page.locator("#message .thumbnail-item").first.wait_for()
 
     def answers(self):
         return [row.inner_text().strip() for row in self.page.locator("#chat .bot-row").all()]
