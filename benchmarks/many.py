@@ -23,11 +23,12 @@ from pisces_commands.writing import write_whole
 
 
 NUM_SHARDS = 8
+COMMANDS = ["describe", "draw", "edit", "embed"]
 BAR = "8 shards, 2 workers, one killed with -9: the output of the single process, byte for byte"
 INSTRUCTION = "make the background dark"
 
 
-def measure(model: str, scenes: Path, per_shard: int, folder: Path) -> dict[str, Any]:
+def measure(model: str, scenes: Path, per_shard: int, folder: Path, names: list[str]) -> dict[str, Any]:
     """Each command over the same records, by every kind of worker."""
     data = {name: write_data(folder / name, scenes, NUM_SHARDS * per_shard, name) for name in ("pictures", "prompts")}
     flags = ["--model", model, "--device", "cpu", "--rows_per_shard", str(per_shard)]
@@ -38,8 +39,8 @@ def measure(model: str, scenes: Path, per_shard: int, folder: Path) -> dict[str,
         "embed": ["embed", data["pictures"]],
     }
     found: dict[str, Any] = {}
-    for name, words in commands.items():
-        command = [*words, *flags]
+    for name in names:
+        command = [*commands[name], *flags]
         run([*command, "--output", str(folder / name / "one")])
         one = tree(folder / name / "one")
         found[name] = {
@@ -145,13 +146,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="pisces-tiny")
     parser.add_argument("--scenes", required=True, metavar="FOLDER", help="what python -m finetune.scenes wrote")
     parser.add_argument("--per_shard", type=COUNT, default=8, help="records of a shard")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS, help="which of them")
     parser.add_argument("--output", default="results/many.json")
     options = parser.parse_args(argv)
     with one_line_ending("many: error: "):
         if not (Path(options.scenes) / "scenes.jsonl").is_file():
             raise ValueError(f"--scenes {options.scenes}: expected a folder that python -m finetune.scenes wrote.")
         with tempfile.TemporaryDirectory(dir=Path(options.scenes).absolute().parent) as folder:
-            measured = measure(options.model, Path(options.scenes), options.per_shard, Path(folder))
+            measured = measure(options.model, Path(options.scenes), options.per_shard, Path(folder), options.commands)
         write_result(options.output, "many", BAR, measured)
     return 0
 
