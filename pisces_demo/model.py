@@ -200,8 +200,8 @@ class DemoModel:
         inputs = self.processor.apply_chat_template(messages_for_model(read), generation_mode=mode, **options)
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
         room = self._room(inputs["input_ids"].shape[1])
-        ends = (config.gen_start_token_id, config.gen_end_token_id) if self.can_draw else (None, None)
-        streamer = PartStreamer(self.processor.tokenizer, *ends, say)
+        start_id, end_id = (config.gen_start_token_id, config.gen_end_token_id) if self.can_draw else (None, None)
+        streamer = PartStreamer(self.processor.tokenizer, start_id, end_id, say)
         generator = _generator(seed)  # one for the answer: of the vectors' noise, if the head has any, then of pixels
         is_random = self.can_draw and self.model.model.gen_head.is_stochastic
         output = self.model.generate(
@@ -214,13 +214,13 @@ class DemoModel:
             **({"generator": generator} if is_random else {}),
         )
         parts = streamer.parts
-        vectors = getattr(output, "image_vectors", None)
+        drawn = getattr(output, "image_vectors", None)
         marks = [part for part in parts if part.text is None]
-        for index, part in enumerate(marks[: 0 if vectors is None else len(vectors)]):
-            if stop.is_set():
+        for part, vectors in zip(marks, () if drawn is None else drawn, strict=False):  # a stop may leave a mark
+            picture = self._draw(generator, stop, None, image_vectors=vectors.unsqueeze(0))
+            if picture is None:
                 return
-            part.picture = self._draw(generator, stop, None, image_vectors=vectors[index : index + 1])
-            part.vectors = vectors[index].cpu()
+            part.picture, part.vectors = picture, vectors.cpu()
             say(list(parts))
         if not any(part.text or part.picture for part in parts) and not stop.is_set():
             say([Part("(nothing)")])

@@ -99,7 +99,7 @@ def test_an_upload_is_opened_by_our_list_of_formats_alone(editor, tmp_path, monk
     opened = []
     original = Image.open
     monkeypatch.setattr(Image, "open", lambda *args, **options: opened.append(options) or original(*args, **options))
-    eps = tmp_path / "<b>photo</b>.png"
+    eps = tmp_path / "<img src=x>.png"
     eps.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\nshowpage\n")
     editor.fill("instruction", "make the star red")
     editor.upload("source", eps)
