@@ -16,10 +16,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .placeholders_pisces import (
     CACHE_NAMES,
+    check_cache,
+    check_encoded,
     check_ids,
     check_mask,
+    check_mask_shape,
+    check_place,
+    check_positions,
     check_tensor,
     check_vectors,
+    layer_types_of,
     num_ids,
     placeholder_mask,
 )
@@ -175,7 +181,7 @@ def check_number(name: str, value, *, whole: bool = False, least: float = 0) -> 
 
 
 def check_scores(scores: torch.Tensor, writes: torch.BoolTensor | None = None) -> None:
-    """Refuse to choose tokens by scores (B, V) that are NaN; -inf is a token that must not be written.
+    """Refuse to choose tokens by scores (B, V) that are NaN, or -inf everywhere; -inf is a token not to be written.
 
     Args:
         writes: (B,) rows that choose a token at all; None: all of them.
@@ -185,7 +191,14 @@ def check_scores(scores: torch.Tensor, writes: torch.BoolTensor | None = None) -
     """
     if torch.compiler.is_compiling():
         return
-    is_nan = scores.isnan().any(-1) if writes is None else scores.isnan().any(-1) & writes
+    writes = torch.ones_like(scores[:, 0], dtype=torch.bool) if writes is None else writes
+    is_nan = scores.isnan().any(-1) & writes
+    is_empty = (scores == -math.inf).all(-1) & writes
+    if bool(is_empty.any()):
+        raise ValueError(
+            f"rows {is_empty.nonzero().flatten().tolist()} may write no token at all. Allow one in suppress_tokens, "
+            "prefix_allowed_tokens_fn or the logits_processor of this call; placeholders of images do not count."
+        )
     if bool(is_nan.any()):
         raise ValueError(
             f"the scores of rows {is_nan.nonzero().flatten().tolist()} are not numbers (NaN): no token can be chosen. "
@@ -289,22 +302,27 @@ def check_inputs(model, mode: str, kwargs: dict) -> None:
         found = "neither" if ids is None else "both"
         raise ValueError(f"generate takes a prompt as input_ids or as inputs_embeds; {found} came. Pass one of them.")
     embed = model.get_input_embeddings()
+    for name in (*_TENSORS, *_NEGATIVE_TENSORS, *IMAGE_INPUTS, "position_ids"):
+        check_place(name, kwargs.get(name), embed)
     if ids is not None:
         check_ids("input_ids", ids, num_ids(embed, model.config), always=True)
+    widths = {"inputs_embeds": model.config.text_config.hidden_size, "image_features": model.config.image_feature_size}
     for name in ("inputs_embeds", *IMAGE_INPUTS):
-        check_vectors(name, kwargs.get(name), always=True)
-    encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-    check_vectors("mm_encoder_outputs['image']", getattr(encoded, "pooler_output", None), always=True)
+        check_vectors(name, kwargs.get(name), width=widths.get(name), always=True)
+    check_encoded(kwargs.get("mm_encoder_outputs"), always=True)
     prompt = embeds if ids is None else ids
-    if 0 in prompt.shape[:2]:
+    if prompt.ndim < 2 or 0 in prompt.shape[:2]:
         raise ValueError(f"the prompt has the shape {tuple(prompt.shape)}; expected at least one row and one token.")
-    mask = kwargs.get("attention_mask")
+    mask, cache = kwargs.get("attention_mask"), _given_cache(kwargs)
+    check_cache(cache)
+    check_mask_shape(mask, *prompt.shape[:2], cache is not None, layer_types_of(model.config))
+    check_positions(kwargs.get("position_ids"), *prompt.shape[:2])
     check_mask(mask, ends_real=mode != "image" or ids is None)
     if (copies := option_value("num_return_sequences", kwargs, model.generation_config)) is not None:
         check_number("num_return_sequences", copies, whole=True, least=1)
     copies = copies or 1
     beams = option_value("num_beams", kwargs, model.generation_config) or 1
-    _check_cache(_given_cache(kwargs), prompt, mask, prompt.shape[0] * max(copies, beams))
+    _check_cache(cache, prompt, mask, prompt.shape[0] * max(copies, beams))
     if mode == "text":
         _check_text_guidance(model, kwargs, prompt.shape[0] * max(copies, beams))
     if mode != "text":
@@ -472,21 +490,29 @@ def _check_negative_images(model, kwargs: dict, ids: torch.LongTensor):
             )
 
 
-def check_right_padding(input_ids: torch.LongTensor, mask: torch.Tensor | None, start_id: int) -> None:
-    """Padding on the right is right before a `<|gen_start|>` that is appended, not after one that the prompt has.
+def padded_on_the_left(kwargs: dict, start_id: int) -> None:
+    """Move padding behind a prompt before it, so that a `<|gen_start|>` can be appended; changes `kwargs` in place.
+
+    Masked where it was, it would still take up places in the windows of layers that look back a fixed way.
 
     Raises:
-        ValueError: names the rows.
+        ValueError: names rows that open an image and are padded then.
     """
-    if mask is None or mask.shape != input_ids.shape:
+    ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape or bool((mask[:, -1] != 0).all()):
         return
-    last = mask.shape[1] - 1 - mask.bool().flip(-1).long().argmax(-1, keepdim=True)  # (B, 1), the last real token
-    opened = input_ids.gather(1, last.to(input_ids.device)) == start_id
-    if rows := (opened & (mask[:, -1:] == 0).to(opened.device)).flatten().nonzero().flatten().tolist():
+    behind = mask.bool().flip(-1).long().argmax(-1, keepdim=True)  # (B, 1) columns of padding at the end
+    last = mask.shape[1] - 1 - behind
+    opened = (ids.gather(1, last.to(ids.device)) == start_id) & (behind > 0).to(ids.device)
+    if rows := opened.flatten().nonzero().flatten().tolist():
         raise ValueError(
             f"rows {rows} open an image with <|gen_start|> and then are padded. Pad on the left: "
             "processor(..., padding_side='left')."
         )
+    places = (torch.arange(ids.shape[1], device=mask.device) - behind) % ids.shape[1]
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+        if (value := kwargs.get(name)) is not None:
+            kwargs[name] = value.gather(1, places.to(value.device))
 
 
 class KeptScores:
@@ -563,8 +589,8 @@ __all__ = [
     "check_drawn",
     "check_inputs",
     "check_number",
-    "check_right_padding",
     "check_streamer",
     "option_value",
+    "padded_on_the_left",
     "set_guidance",
 ]

@@ -36,12 +36,13 @@ from .generation_options_pisces import (
     check_drawn,
     check_inputs,
     check_number,
-    check_right_padding,
     check_scores,
     check_streamer,
     option_value,
+    padded_on_the_left,
     set_guidance,
 )
+from .generation_values_pisces import check_option_values
 from .placeholders_pisces import CACHE_NAME, CACHE_NAMES, placeholder_mask
 
 
@@ -74,10 +75,10 @@ class PiscesTokenSuppressor(LogitsProcessor):
         self.token_ids, self.checks_scores = token_ids, checks_scores
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if self.checks_scores:
-            check_scores(scores)
         scores = scores.clone()
         scores[:, self.token_ids] = -float("inf")
+        if self.checks_scores:
+            check_scores(scores)
         return scores
 
 
@@ -148,6 +149,7 @@ class PiscesGenerationMixin(GenerationMixin):
         if mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode {mode!r} is not known. Choose one of {', '.join(GENERATION_MODES)}.")
         check_generation_config(kwargs["generation_config"])
+        check_option_values(kwargs)
         if mode != "text":
             self._check_drawing_options(mode, kwargs)
             self._set_image_temperature(kwargs)
@@ -221,7 +223,8 @@ class PiscesGenerationMixin(GenerationMixin):
         """Append `<|gen_start|>` to the prompts unless they end in it already."""
         input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if input_ids is not None:
-            check_right_padding(input_ids, kwargs.get("attention_mask"), self.config.gen_start_token_id)
+            padded_on_the_left(kwargs, self.config.gen_start_token_id)
+            input_ids = kwargs["input_ids"]
             opened = input_ids[:, -1] == self.config.gen_start_token_id
         elif embeds is not None:
             opened = placeholder_mask(
@@ -372,7 +375,7 @@ class PiscesGenerationMixin(GenerationMixin):
         drawn: list[torch.Tensor] = []
         for index in range(num_vectors):
             if index:
-                hidden = run.step(self.model.embed_gen_vectors(drawn[-1]).repeat(copies, 1).unsqueeze(1))
+                hidden = run.step(self.model.gen_projector(drawn[-1]).repeat(copies, 1).unsqueeze(1))
             start = None if noise is None else noise[:, index]
             drawn.append(self.model.predict_gen_vectors(hidden, start, num_flow_steps, scale))
         vectors = torch.stack(drawn, dim=1)  # (B, M, Dg)
@@ -380,7 +383,7 @@ class PiscesGenerationMixin(GenerationMixin):
         if not generation_config.return_dict_in_generate:
             return vectors
         if run.cache is not None:  # as after text, the cache lacks only the last token
-            run.step(self.model.embed_gen_vectors(vectors[:, -1:]).repeat(copies, 1, 1))
+            run.step(self.model.gen_projector(vectors[:, -1:]).repeat(copies, 1, 1))
         placeholders = input_ids.new_full((num_rows, num_vectors), self.config.gen_image_token_id)
         end = input_ids.new_full((num_rows, 1), self.config.gen_end_token_id)
         return PiscesGenerateOutput(
@@ -430,7 +433,7 @@ class PiscesGenerationMixin(GenerationMixin):
                 start = None if noise is None else noise[:, 0]
                 vectors = self.model.predict_gen_vectors(states, start, num_flow_steps, scale)
                 check_drawn(vectors.unsqueeze(1), rows.tolist())  # now: fed back, they would spoil the next token
-                embeds[rows] = self.model.embed_gen_vectors(vectors).to(embeds.dtype)
+                embeds[rows] = self.model.gen_projector(vectors).to(embeds.dtype)
                 for row, vector in zip(rows.tolist(), vectors, strict=True):
                     drawn[row].append(vector)
             input_ids = torch.cat([input_ids, tokens.unsqueeze(1)], dim=1)
@@ -472,11 +475,16 @@ class PiscesGenerationMixin(GenerationMixin):
         """The token that each row writes next: (B,). Drawing rows write the placeholder, closing rows the end."""
         config = self.config
         logits = self.score_tokens(hidden).float()
-        scores = logits_processor(input_ids, logits)
-        check_scores(scores, (left < 0) & ~finished)
         room = generation_config.max_length - input_ids.shape[1]
-        if room < config.num_gen_image_tokens + 2:  # start, vectors, end: an image is never cut off
-            scores[:, config.gen_start_token_id] = -float("inf")
+        closed = [config.gen_start_token_id] if room < config.num_gen_image_tokens + 2 else []
+        allowed, writes = logits.clone(), (left < 0) & ~finished
+        # start, vectors, end: an image is never cut off; before top_k and its like, which might leave no other token,
+        # and after processors that would choose it all the same
+        allowed[:, closed] = -float("inf")
+        scores = logits_processor(input_ids, allowed)
+        scores[:, closed] = -float("inf")
+        check_scores(scores, writes)
+        scores = scores.masked_fill(~writes.unsqueeze(1), 0.0)  # the others need no token, and may have no scores
         if generation_config.do_sample:
             tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
         else:

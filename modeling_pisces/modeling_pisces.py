@@ -42,10 +42,16 @@ from .modeling_pisces_heads import PiscesFlowBlock, PiscesProjector, build_gen_h
 from .placeholders_pisces import (
     CACHE_NAME,
     CACHE_NAMES,
+    SWITCHES,
+    check_encoded,
+    check_features,
     check_forward_inputs,
     check_labels,
+    check_logits_to_keep,
     check_packed_inputs,
+    check_place,
     check_placeholder_runs,
+    check_vectors,
     find_sample_starts,
     is_row_mask,
     num_ids,
@@ -202,7 +208,7 @@ class PiscesModel(PiscesPreTrainedModel):
             the tower's output; `pooler_output` is (I, N, D), projected.
 
         Raises:
-            ValueError: the images do not have the tower's size.
+            ValueError: the images do not have the tower's size, or they or their vectors are not finite.
         """
         outputs, features = self._run_vision_tower(pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
@@ -229,6 +235,8 @@ class PiscesModel(PiscesPreTrainedModel):
 
     def _run_vision_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
         """The tower's output, and from it the (I, N, C) that the projector takes."""
+        check_place("pixel_values", pixel_values, self.get_input_embeddings())
+        check_vectors("pixel_values", pixel_values)
         _check_size(pixel_values, self.config.vision_config, "pixel_values", "images")
         layers = self.config.vision_feature_layer
         # a frozen tower must not build a graph even when checkpointing hooks ask its inputs for gradients
@@ -245,7 +253,7 @@ class PiscesModel(PiscesPreTrainedModel):
             features = torch.cat([outputs.hidden_states[layer] for layer in layers], dim=-1)
         if self.config.vision_feature_select_strategy == "default":  # patches only, whatever stands in front of them
             features = features[:, -num_patches(self.config.vision_config) :]
-        return outputs, features
+        return outputs, check_features("vision tower", features, "pixel_values")
 
     @torch.no_grad()
     def encode_gen_images(self, gen_pixel_values: torch.Tensor) -> torch.Tensor:
@@ -261,13 +269,28 @@ class PiscesModel(PiscesPreTrainedModel):
             ValueError: the model has no generation tower, or the images do not have its size.
         """
         self._require_generation("encode_gen_images")
+        check_place("gen_pixel_values", gen_pixel_values, self.get_input_embeddings())
+        check_vectors("gen_pixel_values", gen_pixel_values)
         _check_size(gen_pixel_values, self.config.gen_vision_config, "gen_pixel_values", "gen_images")
         patches = self.gen_vision_tower(gen_pixel_values.to(self.gen_vision_tower.dtype)).last_hidden_state
         patches = patches[:, -num_patches(self.config.gen_vision_config) :]  # stock towers keep a class token in front
-        return pool_patches(patches, self.config.gen_pool_stride)
+        vectors = pool_patches(patches, self.config.gen_pool_stride)
+        return check_features("generation tower", vectors, "gen_pixel_values")
 
     def embed_gen_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Project generated vectors to input embeddings of the language model: (..., Dg) -> (..., D)."""
+        """Project generated vectors to input embeddings of the language model: (..., Dg) -> (..., D).
+
+        Raises:
+            ValueError: no finite floats of the width Dg, or no generation tower.
+        """
+        self._require_generation("embed_gen_vectors")
+        check_place("vectors", vectors, self.get_input_embeddings())
+        check_vectors("vectors", vectors)
+        if vectors.shape[-1:] != (self.config.gen_vector_size,):
+            raise ValueError(
+                f"vectors has the shape {tuple(vectors.shape)}; expected the last dimension to have the width "
+                f"{self.config.gen_vector_size}, as encode_gen_images makes them."
+            )
         return self.gen_projector(vectors)
 
     def predict_gen_vectors(
@@ -337,7 +360,7 @@ class PiscesModel(PiscesPreTrainedModel):
         gen_features = None
         if gen_image_vectors is not None:
             self._require_generation("gen_image_vectors")
-            gen_features = self.embed_gen_vectors(self._noised(gen_image_vectors))
+            gen_features = self.gen_projector(self._noised(gen_image_vectors))
 
         mask = placeholder_mask(input_ids, inputs_embeds, embed, self.config.image_token_id)
         gen_mask = placeholder_mask(input_ids, inputs_embeds, embed, self.config.gen_image_token_id)
@@ -447,12 +470,13 @@ class PiscesModel(PiscesPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds.")
-        encoded = (mm_encoder_outputs or {}).get("image")
+        encoded = check_encoded(mm_encoder_outputs)
         ways = {"pixel_values": pixel_values, "mm_encoder_outputs['image']": encoded, "image_features": image_features}
         if len(given := [name for name, value in ways.items() if value is not None]) > 1:
             raise ValueError(f"You cannot specify both {' and '.join(given)}; drop one of them.")
         if gen_pixel_values is not None and gen_image_vectors is not None:
             raise ValueError("You cannot specify both gen_pixel_values and gen_image_vectors; drop one of them.")
+        cache = one_cache(past_key_values, cache)
         check_forward_inputs(
             self.config,
             self.get_input_embeddings(),
@@ -463,8 +487,10 @@ class PiscesModel(PiscesPreTrainedModel):
             image_features=image_features,
             gen_image_vectors=gen_image_vectors,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            **{name: kwargs.get(name) for name in SWITCHES},
         )
-        cache = one_cache(past_key_values, cache)
         starts = find_sample_starts(position_ids, attention_mask)
         is_own_mask = attention_mask is not None and not is_row_mask(attention_mask)
         if starts is not None and cache is not None and (is_own_mask or int(cache.get_seq_length()) > 0):
@@ -512,11 +538,11 @@ def _build_gen_vision_tower(config) -> PreTrainedModel:
 
 
 def _check_size(pixels: torch.Tensor, config, name: str, argument: str):
-    side = config.image_size
-    if pixels.ndim != 4 or pixels.shape[-2:] != (side, side):
+    side, channels = config.image_size, getattr(config, "num_channels", 3)
+    if pixels.ndim != 4 or pixels.shape[1:] != (channels, side, side):
         raise ValueError(
-            f"{name} has the shape {tuple(pixels.shape)}, but the tower takes (images, 3, {side}, {side}). Prepare "
-            f"them with PiscesProcessor({argument}=...)."
+            f"{name} has the shape {tuple(pixels.shape)}, but the tower takes (images, {channels}, {side}, {side}). "
+            f"Prepare them with PiscesProcessor({argument}=...)."
         )
 
 
@@ -618,6 +644,8 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
             labels: (B, T), whole numbers of any width. -100 is ignored; `gen_image_token_id` at a placeholder asks for
                 the image loss of that vector; `image_token_id` is always ignored; any other id is a text target.
                 `labels = input_ids` with everything but the assistant's turns set to -100 is right for both sides.
+                The first token of a row that is padded on the left needs -100 too: padding would predict it, as in
+                every model of transformers.
             shift_labels: (B, T) instead of `labels`, shifted already: position t names what stands at t + 1.
             logits_to_keep: the last so many positions (0: all), or a 1-D index.
             skip_logits: leave `logits` out and run `lm_head` on labelled positions only; None does so in training with
@@ -626,6 +654,10 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
         The other arguments are those of `PiscesModel.forward`.
         """
         labels, shift_labels = self._check_labels(input_ids, inputs_embeds, labels=labels, shift_labels=shift_labels)
+        if logits_to_keep is None:
+            logits_to_keep = 0
+        if isinstance(first := inputs_embeds if input_ids is None else input_ids, torch.Tensor) and first.ndim > 1:
+            check_logits_to_keep(logits_to_keep, first.shape[1])
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -675,7 +707,7 @@ class PiscesForConditionalGeneration(PiscesPreTrainedModel, PiscesGenerationMixi
 
     def _check_labels(self, input_ids, inputs_embeds, **given) -> list[torch.LongTensor | None]:
         inputs = inputs_embeds if input_ids is None else input_ids
-        if inputs is None:  # refused by the backbone
+        if not isinstance(inputs, torch.Tensor):  # refused by the backbone
             return list(given.values())
         vocab_size = self.config.num_token_rows or num_ids(self.get_input_embeddings(), self.config)
         return [

@@ -116,7 +116,11 @@ class PiscesGenVisionAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        heads = (
+            *hidden_states.shape[:-1],
+            self.config.num_attention_heads,
+            self.head_dim,
+        )  # -1 knows nothing of 0 images
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (I, heads, P, head_dim)
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)

@@ -121,8 +121,23 @@ def check_vectors(name: str, vectors: Tensor) -> None:
             f"{name} has shape {tuple(vectors.shape)}; expected (B, M, Dg): pictures, vectors per picture, width. "
             "Add the first axis with [None] for a single picture."
         )
-    if not vectors.is_floating_point() or not torch.isfinite(vectors).all():
-        raise ValueError(f"{name} has dtype {vectors.dtype} or non-finite values; expected finite floating numbers.")
+    if not _is_finite(vectors):
+        raise ValueError(
+            f"{name} has dtype {vectors.dtype}{_storage(vectors)} or non-finite values; expected finite floating "
+            "numbers."
+        )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether a tensor holds finite floats that can be looked at: none of 8 bits, sparse, or without values."""
+    is_plain = values.layout == torch.strided and not values.is_meta and values.is_floating_point()
+    return is_plain and values.dtype.itemsize > 1 and bool(torch.isfinite(values).all())
+
+
+def _storage(values: Tensor) -> str:
+    if values.layout != torch.strided:
+        return f", layout {values.layout}"
+    return ", no values (device meta)" if values.is_meta else ""
 
 
 def check_generators(
@@ -166,9 +181,10 @@ def check_latents(latents: Tensor | None, shape: tuple[int, int, int, int]) -> N
             f"latents have shape {tuple(latents.shape)}; expected {shape}: pictures, channels, height and width in "
             "latents. Pass height= and width= for another size."
         )
-    if not latents.is_floating_point() or not torch.isfinite(latents).all():
+    if not _is_finite(latents):
         raise ValueError(
-            f"latents have dtype {latents.dtype} or non-finite values; expected finite floating numbers, unit noise."
+            f"latents have dtype {latents.dtype}{_storage(latents)} or non-finite values; expected finite floating "
+            "numbers, unit noise."
         )
 
 

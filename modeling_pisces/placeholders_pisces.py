@@ -22,6 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 CACHE_NAMES = ("past_key_values", "cache")
 CACHE_NAME = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
 
+SWITCHES = ("use_cache", "output_hidden_states", "output_attentions")  # arguments of forward that are yes or no
+
 
 def is_tracing() -> bool:
     """Whether values are unknown: while compiling, exporting or tracing."""
@@ -38,7 +40,7 @@ def _place(bad: torch.BoolTensor) -> str:
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Refuse lists, arrays and whatever else is no tensor.
+    """Refuse lists, arrays, sparse tensors and whatever else is no tensor of numbers in memory.
 
     Raises:
         ValueError: names the type.
@@ -48,6 +50,14 @@ def check_tensor(name: str, value: Any) -> None:
             f"{name} is a {type(value).__name__}; expected a tensor, as PiscesProcessor makes with "
             "return_tensors='pt'."
         )
+    if value.layout != torch.strided or value.is_quantized:
+        kind = "quantized" if value.is_quantized else value.layout
+        raise ValueError(f"{name} is a tensor of the kind {kind}; expected a dense one: pass {name}.to_dense().")
+
+
+def is_whole(dtype: torch.dtype) -> bool:
+    """Whether a dtype holds whole numbers."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def check_ids(name: str, ids: torch.Tensor, vocab_size: int, *, ignored: int | None = None, always: bool = False):
@@ -61,11 +71,11 @@ def check_ids(name: str, ids: torch.Tensor, vocab_size: int, *, ignored: int | N
         always: look at the values on a GPU too.
 
     Raises:
-        ValueError: no tensor, no whole numbers, not (B, T), no rows, or an id outside the vocabulary, by row and
-            position.
+        ValueError: no tensor, no ids of 32 or 64 bits, not (B, T), no rows, or an id outside the vocabulary, by row
+            and position.
     """
     check_tensor(name, ids)
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+    if ids.dtype not in (torch.long, torch.int32):  # an embedding looks up no others
         raise ValueError(f"{name} has the dtype {ids.dtype}; expected token ids (torch.long), as the processor makes.")
     if ids.ndim != 2 or ids.shape[0] == 0:
         raise ValueError(
@@ -95,9 +105,10 @@ def check_vectors(name: str, vectors, *, width: int | None = None, always: bool 
     Raises:
         ValueError: names what was found; for values that are not finite, the image or row.
     """
-    if not isinstance(vectors, torch.Tensor):
+    if vectors is None:
         return
-    if not vectors.dtype.is_floating_point:
+    check_tensor(name, vectors)
+    if not vectors.dtype.is_floating_point or vectors.dtype.itemsize < 2:
         raise ValueError(
             f"{name} has the dtype {vectors.dtype}; expected floats, as PiscesProcessor makes them from pictures."
         )
@@ -109,6 +120,160 @@ def check_vectors(name: str, vectors, *, width: int | None = None, always: bool 
             f"{name} holds a value that is not finite (the first at {at}, counted from 0; {vectors[tuple(at)]}). "
             "Look for a division by zero, an overflow in half precision, or a damaged file."
         )
+
+
+def check_encoded(mm_encoder_outputs: Any, *, always: bool = False):
+    """What `get_image_features` gave, as `mm_encoder_outputs` hands it on; None without images.
+
+    Args:
+        always: look at the values on a GPU too.
+
+    Raises:
+        ValueError: another form, or values that are not finite.
+    """
+    if mm_encoder_outputs is not None and not isinstance(mm_encoder_outputs, dict):
+        raise ValueError(
+            f"mm_encoder_outputs is a {type(mm_encoder_outputs).__name__}; expected a dict such as {{'image': "
+            "model.get_image_features(pixel_values)}."
+        )
+    encoded = (mm_encoder_outputs or {}).get("image")
+    if encoded is None:
+        return None
+    features = getattr(encoded, "pooler_output", None)
+    if features is None:
+        raise ValueError(
+            f"mm_encoder_outputs['image'] is a {type(encoded).__name__} without pooler_output; expected what "
+            "model.get_image_features(pixel_values) returns."
+        )
+    for one in [features] if isinstance(features, torch.Tensor) else features:
+        check_vectors("mm_encoder_outputs['image'].pooler_output", one, always=always)
+    return encoded
+
+
+def check_features(name: str, features: torch.Tensor, source: str) -> torch.Tensor:
+    """Refuse vectors of an encoder that are not finite, where looking is cheap; also from finite pixels.
+
+    Args:
+        name: whose vectors they are.
+        features: (I, N, C).
+        source: the name of what was encoded.
+
+    Raises:
+        ValueError: names the image.
+    """
+    if _is_checked(features, False) and not bool(features.isfinite().all()):
+        image = int((~features.isfinite()).flatten(1).any(-1).nonzero()[0])
+        raise ValueError(
+            f"image {image}: the vectors of the {name} are not finite. Look for values in {source} that are far from "
+            "normalised pixels, weights that are not finite, or an overflow in half precision."
+        )
+    return features
+
+
+def check_place(name: str, value: Any, embed: nn.Module):
+    """Refuse inputs without values ("meta") for a model that has them."""
+    weight = getattr(embed, "weight", None)
+    if isinstance(value, torch.Tensor) and value.is_meta and isinstance(weight, torch.Tensor) and not weight.is_meta:
+        raise ValueError(f"{name} is on the device meta and holds no values; expected one on {weight.device}.")
+
+
+def check_mask_shape(mask: Any, rows: int, tokens: int, has_past: bool, layer_types: Any = None):
+    """Refuse masks that do not cover the inputs: a shorter or longer one would be padded or cut in silence.
+
+    Args:
+        mask: (B, T so far), one mask of four dimensions, masks by kind of layer, or None.
+        rows, tokens: B and T of the new inputs.
+        has_past: whether a cache holds tokens before them, which the mask then covers too.
+        layer_types: of the language model, by which masks may come; None takes one mask.
+
+    Raises:
+        ValueError: names both shapes.
+    """
+    name = "attention_mask"
+    if mask is None or type(mask).__name__ == "BlockMask":  # of flex attention
+        return
+    if isinstance(mask, dict):
+        if not layer_types or not set(layer_types) <= set(mask):
+            raise ValueError(
+                f"{name} is a dict with {list(mask)!r:.60}; expected a tensor (rows, tokens), 1 for real tokens"
+                + (f", or masks for {sorted(set(layer_types))}." if layer_types else ".")
+            )
+        for kind in set(layer_types):
+            check_mask_shape(mask[kind], rows, tokens, has_past)
+        return
+    check_tensor(name, mask)
+    if mask.dtype.is_complex or mask.ndim not in (2, 4):
+        raise ValueError(
+            f"{name} has the shape {tuple(mask.shape)} and the dtype {mask.dtype}; expected (rows, tokens), 1 for "
+            "real tokens and 0 for padding, as PiscesProcessor makes it."
+        )
+    wrong_rows = mask.shape[0] != rows if mask.ndim == 2 else mask.shape[0] not in (1, rows)
+    length = mask.shape[1] if mask.ndim == 2 else mask.shape[-1]
+    wrong_length = length < tokens or (mask.ndim == 2 and not has_past and length != tokens)
+    if wrong_rows or wrong_length or (mask.ndim == 4 and mask.shape[2] not in (1, tokens)):
+        more = " and those of the cache" if has_past else ""
+        raise ValueError(
+            f"{name} has the shape {tuple(mask.shape)}, but the inputs have {(rows, tokens)} (rows, tokens). Give it "
+            f"one value for each of these tokens{more}."
+        )
+
+
+def check_positions(positions: Any, rows: int, tokens: int):
+    """Refuse positions that do not belong to the inputs, and negative ones.
+
+    Args:
+        positions: (1 or B, T), or (kinds, B, T) for multimodal rotary embeddings, or None.
+
+    Raises:
+        ValueError: names what was found.
+    """
+    if positions is None:
+        return
+    check_tensor("position_ids", positions)
+    shape = tuple(positions.shape)
+    if not is_whole(positions.dtype) or shape[-1:] != (tokens,) or positions.ndim not in (2, 3):
+        fits = False
+    else:
+        fits = shape[-2] in (1, rows)
+    if not fits:
+        raise ValueError(
+            f"position_ids has the shape {shape} and the dtype {positions.dtype}; expected whole numbers of the shape "
+            f"{(rows, tokens)} (rows, tokens). Leave them out where positions simply count up."
+        )
+    if _is_checked(positions, False) and bool((positions < 0).any()):
+        raise ValueError(
+            f"position_ids holds {int(positions.min())}; expected positions from 0. Write 0 at padding, as "
+            "(attention_mask.cumsum(-1) - 1).clamp(min=0) does."
+        )
+
+
+def check_cache(cache: Any):
+    """Refuse what is no cache; transformers takes none of the tuples of its older versions.
+
+    Raises:
+        ValueError: names the type.
+    """
+    if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
+        raise ValueError(
+            f"{CACHE_NAME} is a {type(cache).__name__}; expected a cache such as transformers.DynamicCache(), or none."
+        )
+
+
+def check_logits_to_keep(keep: Any, tokens: int):
+    """Refuse a choice of positions that no logits have: a negative number would choose others in silence.
+
+    Raises:
+        ValueError: names the value.
+    """
+    if isinstance(keep, torch.Tensor) and keep.ndim == 1 and is_whole(keep.dtype):
+        if not _is_checked(keep, False) or not bool(((keep < -tokens) | (keep >= tokens)).any()):
+            return
+    elif isinstance(keep, int) and not isinstance(keep, bool) and keep >= 0:
+        return
+    raise ValueError(
+        f"logits_to_keep is {repr(keep)[:60]!r}; expected how many of the last positions (0: all), or a tensor of one "
+        f"dimension with whole numbers below {tokens}."
+    )
 
 
 def check_mask_values(mask: torch.Tensor, name: str = "attention_mask"):
@@ -153,24 +318,46 @@ def check_forward_inputs(
         embed: the input embedding.
         input_ids: (B, T), or None with embeddings.
         inputs_embeds: (B, T, D), or None with ids.
-        others: `pixel_values`, `gen_pixel_values`, `image_features`, `gen_image_vectors`, `attention_mask`.
+        others: `pixel_values`, `gen_pixel_values`, `image_features`, `gen_image_vectors`, `attention_mask`,
+            `position_ids`, `cache` and the `SWITCHES`.
 
     Raises:
         ValueError: names the input, what was found and what was expected.
     """
+    for name, value in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds), *others.items()):
+        check_place(name, value, embed)
+        if name in SWITCHES and not isinstance(value, (bool, int, type(None))):
+            raise ValueError(f"{name} is {repr(value)[:60]!r}; expected True or False.")
     if input_ids is not None:
         check_ids("input_ids", input_ids, num_ids(embed, config))
-    if inputs_embeds is not None and inputs_embeds.shape[:1] == (0,):
-        raise ValueError(f"inputs_embeds has the shape {tuple(inputs_embeds.shape)}; expected at least one row.")
     check_vectors("inputs_embeds", inputs_embeds, width=config.text_config.hidden_size)
+    if inputs_embeds is not None:
+        _check_dtype(inputs_embeds, embed)
+    name, inputs = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
+    if 0 in inputs.shape:
+        raise ValueError(f"{name} has the shape {tuple(inputs.shape)}; expected at least one row and one token.")
     check_vectors("pixel_values", others["pixel_values"])
     check_vectors("gen_pixel_values", others["gen_pixel_values"])
     check_vectors("image_features", others["image_features"], width=config.image_feature_size)
     width = config.gen_vector_size if config.has_generation else None
     check_vectors("gen_image_vectors", others["gen_image_vectors"], width=width)
-    mask = others["attention_mask"]
+    mask, cache = others["attention_mask"], others["cache"]
+    rows, tokens = inputs.shape[:2]
+    check_cache(cache)
+    check_mask_shape(mask, rows, tokens, cache is not None, layer_types_of(config))
+    check_positions(others["position_ids"], rows, tokens)
     if is_row_mask(mask) and _is_checked(mask, False):
         check_mask_values(mask)
+
+
+def _check_dtype(embeds: torch.Tensor, embed: nn.Module):
+    """Embeddings of the model's own dtype: layers take no other, unless autocast brings both together."""
+    dtype = getattr(getattr(embed, "weight", None), "dtype", embeds.dtype)
+    is_cast = not is_tracing() and torch.is_autocast_enabled(embeds.device.type)
+    if dtype.is_floating_point and dtype.itemsize > 1 and embeds.dtype != dtype and not is_cast:
+        raise ValueError(
+            f"inputs_embeds has the dtype {embeds.dtype} and the model {dtype}. Pass inputs_embeds.to(model.dtype)."
+        )
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -188,6 +375,11 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
             "past_key_values and cache are two names for one thing, and both were given. Pass one of them."
         )
     return cache if past_key_values is None else past_key_values
+
+
+def layer_types_of(config) -> list[str] | None:
+    """The kinds of attention of the language model's layers, where it has several; masks may come by kind."""
+    return getattr(config.get_text_config(), "layer_types", None)
 
 
 def is_row_mask(mask) -> bool:
@@ -212,8 +404,9 @@ def check_labels(name: str, labels: torch.Tensor, shape: tuple[int, int], vocab_
             f"{name} has the shape {tuple(labels.shape)}, but the inputs have {tuple(shape)} (rows, tokens). Give one "
             "label per token, -100 where none is wanted."
         )
+    labels = labels.long() if is_whole(labels.dtype) else labels
     check_ids(name, labels, vocab_size, ignored=-100)
-    return labels.long()
+    return labels
 
 
 def placeholder_mask(

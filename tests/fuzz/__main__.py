@@ -26,6 +26,9 @@ from tests.fuzz.outcomes import FINE, Outcome, run
 SURFACES = {
     "images": "tests.fuzz.images",
     "processor": "tests.fuzz.processor",
+    "forward": "tests.fuzz.forward",
+    "generate": "tests.fuzz.generation",
+    "pipeline": "tests.fuzz.pipeline",
 }
 NOTED = 20  # failures that an entry of the results names
 

@@ -235,9 +235,9 @@ def name(random: Generator) -> Case:
               "[::1", "127.0.0.1:9", "127.0.0.1:99999", "@", "?", "#", "%zz", "\x1b[31m", "\u202e", "x" * 300, "a.png", "AAAA", "=", ":", "/dev/zero", "\U0001f600"]  # fmt: skip
     text = "".join(pieces[i] for i in random.integers(0, len(pieces), random.integers(0, 5)))
     if text.lower().startswith("http") and "127.0.0.1:9" not in text:
-        text = (
-            text[:8].rstrip("/") + "//127.0.0.1:9/" + text[8:].replace("@", "")
-        )  # nothing is called but this machine
+        text = "http://127.0.0.1:9/" + text[7:]
+    if text.lower().startswith("http"):
+        text = text.replace("@", "")  # nothing is called but this machine
 
     def check():
         load_image(text)

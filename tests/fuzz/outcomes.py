@@ -56,7 +56,8 @@ class Outcome(NamedTuple):
 def is_clear(line: str) -> bool:
     """Whether a refusal is a sentence with what was expected or what to do."""
     words = {word.strip(".,;:()'\"").lower() for word in line.split()}
-    return len(words) >= 5 and not words.isdisjoint(ADVICE)
+    is_expected = any(phrase in line for phrase in ("has to be", "is only supported"))  # transformers' own
+    return len(words) >= 5 and (is_expected or not words.isdisjoint(ADVICE))
 
 
 def run_case(case: Case, seed: int) -> Outcome:

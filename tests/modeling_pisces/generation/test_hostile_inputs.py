@@ -432,3 +432,84 @@ def test_guidance_of_text_takes_any_number_as_stock_models_do(scale):
     found = model.generate(ROWS, guidance_scale=scale, negative_prompt_ids=ROWS + 1, **options)
     expected = model.generate(ROWS, guidance_scale=float(scale), negative_prompt_ids=ROWS + 1, **options)
     assert torch.equal(found, expected)
+
+
+# ---- found by `python -m tests.fuzz --surface generate`
+
+WINDOWED = {
+    "model_type": "mistral", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": BOS, "sliding_window": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", [{}, {"text_config": WINDOWED}], ids=["llama", "a window"])
+def test_a_drawing_does_not_depend_on_the_side_of_the_padding(overrides):
+    """Padding before an appended <|gen_start|> took up the places of a sliding window."""
+    model = make_model(**overrides)
+    alone = generate(model, "image", input_ids=torch.tensor([[BOS, 1, 2]]))
+    for ids in ([[BOS, 1, 2, *[PAD] * 5], [BOS, *range(7)]], [[*[PAD] * 5, BOS, 1, 2], [BOS, *range(7)]]):
+        ids = torch.tensor(ids)
+        drawn = generate(model, "image", input_ids=ids, attention_mask=(ids != PAD).long())
+        torch.testing.assert_close(drawn[:1], alone, rtol=0, atol=1e-5)
+
+
+def test_sampling_goes_on_where_the_only_likely_token_would_open_an_image_that_has_no_room():
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[START] = 0
+        model.lm_head.weight[START] += 50 * model.model(input_ids=ROWS).last_hidden_state[:, -1].mean(0)
+    output = model.generate(
+        input_ids=ROWS, generation_mode="interleaved", max_new_tokens=3, do_sample=True, top_k=1, min_new_tokens=3
+    )
+    assert output.sequences.shape == (2, 7) and START not in output.sequences.tolist()[0]
+
+
+@pytest.mark.parametrize("mode", ["text", "interleaved"])
+def test_rows_that_may_write_nothing_are_refused(mode):
+    def nothing(ids, scores):
+        return torch.full_like(scores, -float("inf"))
+
+    with pytest.raises(ValueError, match=r"rows \[0, 1\] may write no token at all"):
+        generate(make_model(), mode, input_ids=ROWS, logits_processor=[nothing])
+
+
+@pytest.mark.parametrize(
+    ("option", "match"),
+    [
+        ({"temperature": "x"}, "temperature is 'x'; expected a number"),
+        ({"temperature": float("nan")}, "temperature is nan; expected a number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number"),
+        ({"top_k": True}, "top_k is True; expected a whole number"),
+        ({"do_sample": "yes"}, "do_sample is 'yes'; expected True or False"),
+        ({"num_beams": object()}, "num_beams is <object.*; expected a whole number"),
+        ({"num_beams": torch.tensor([1, 2])}, "num_beams is tensor"),
+        ({"suppress_tokens": 3}, "suppress_tokens is 3; expected token ids: a list"),
+        ({"begin_suppress_tokens": 3.0}, "begin_suppress_tokens is 3.0; expected token ids"),
+        ({"bad_words_ids": torch.tensor([1.0])}, "bad_words_ids is .*; expected a list of lists"),
+        ({"stopping_criteria": torch.tensor(1)}, "stopping_criteria is .*; expected a list of functions"),
+        ({"logits_processor": [3]}, r"logits_processor is \[3\]; expected a list of functions"),
+        ({"watermarking_config": 0.5}, "watermarking_config is 0.5; expected a WatermarkingConfig"),
+        ({"exponential_decay_length_penalty": [1]}, r"is \[1\]; expected a pair"),
+        ({"generation_config": GenerationConfig(max_time="soon")}, "max_time is 'soon'; expected a number"),
+        ({"max_length": 10**30}, "max_length is 1000.*; expected a whole number"),
+    ],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_options_of_a_wrong_kind_are_refused_by_name(option, match, mode, monkeypatch):
+    model = make_model()
+    Untouched(model, monkeypatch)
+    with pytest.raises(ValueError, match=match if mode == "text" else None) as error:
+        model.generate(input_ids=ROWS, generation_mode=mode, **option)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "input_ids"])
+def test_inputs_without_values_are_refused(name, monkeypatch):
+    inputs = {"input_ids": ROWS, "attention_mask": torch.ones_like(ROWS)}
+    inputs[name] = inputs[name].to("meta")
+    refused(make_model(), monkeypatch, f"{name} is on the device meta and holds no values", **inputs)
+
+
+def test_embeddings_of_another_rank_are_refused(monkeypatch):
+    embeds = torch.zeros(4, 32)
+    refused(make_model(), monkeypatch, "inputs_embeds has the shape .*; expected three", inputs_embeds=embeds)

@@ -155,3 +155,129 @@ def test_a_cache_that_holds_the_whole_prompt_is_refused():
 def test_an_unknown_option_is_refused_as_by_any_model():
     with pytest.raises(ValueError, match="image_temprature"):
         make_model().generate(input_ids=torch.tensor([[1, 2]]), generation_mode="image", image_temprature=0.5)
+
+
+# ---- found by `python -m tests.fuzz --surface forward`
+
+IDS = torch.tensor([[7, 8, 9, 10], [7, 8, 9, 11]])
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("mask", "match"),
+    [
+        (
+            torch.ones(2, 3),
+            r"attention_mask has the shape \(2, 3\), but the inputs have \(2, 4\)",
+        ),  # was padded with 0
+        (torch.ones(2, 5), r"attention_mask has the shape \(2, 5\), but the inputs have \(2, 4\)"),  # was cut
+        (torch.ones(1, 4), r"attention_mask has the shape \(1, 4\)"),
+        (torch.ones(4), r"attention_mask has the shape \(4,\)"),
+        (torch.ones(3, 1, 4, 4), r"attention_mask has the shape \(3, 1, 4, 4\)"),
+        (torch.ones(2, 4, dtype=torch.complex64), "expected .rows, tokens."),
+        ([[1, 1, 1, 1]] * 2, "attention_mask is a list; expected a tensor"),
+        ({"image": torch.ones(2, 4)}, r"attention_mask is a dict with \['image'\]"),
+        (torch.ones(2, 4).to_sparse(), "expected a dense one"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["forward", "text", "image"])
+def test_masks_that_do_not_cover_the_inputs_are_refused(mask, match, mode):
+    model = make_model()
+    with pytest.raises(ValueError, match=match):
+        model(input_ids=IDS, attention_mask=mask) if mode == "forward" else model.generate(
+            input_ids=IDS, attention_mask=mask, generation_mode=mode
+        )
+
+
+@pytest.mark.parametrize(
+    ("positions", "match"),
+    [
+        (torch.zeros(2, 5, dtype=torch.long), r"position_ids has the shape \(2, 5\)"),
+        (torch.zeros(3, 4, dtype=torch.long), r"expected whole numbers of the shape \(2, 4\)"),
+        (torch.zeros(4, dtype=torch.long), r"has the shape \(4,\)"),
+        (torch.zeros(2, 4), "and the dtype torch.float32"),
+        (torch.tensor([[0, 1, 2, -3]] * 2), "position_ids holds -3; expected positions from 0"),
+        ([[0, 1, 2, 3]], "position_ids is a list"),
+    ],
+)
+def test_positions_that_do_not_belong_to_the_inputs_are_refused(positions, match):
+    with pytest.raises(ValueError, match=match):
+        make_model()(input_ids=IDS, position_ids=positions)
+
+
+@pytest.mark.parametrize("keep", [-1, "x", 2.5, True, [0], torch.tensor([4]), torch.tensor([-5]), torch.tensor([0.0])])
+def test_a_choice_of_logits_that_no_position_has_is_refused(keep):
+    with pytest.raises(ValueError, match=r"logits_to_keep is .* expected how many of the last positions"):
+        make_model()(input_ids=IDS, logits_to_keep=keep)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "match"),
+    [
+        ({"input_ids": IDS.short()}, "input_ids has the dtype torch.int16"),
+        ({"input_ids": IDS.to(torch.uint16)}, "input_ids has the dtype torch.uint16"),
+        ({"input_ids": IDS[:, :0]}, "at least one row and one token"),
+        ({"input_ids": IDS.to("meta")}, "input_ids is on the device meta"),
+        ({"input_ids": "words"}, "input_ids is a str"),
+        ({"input_ids": {"image": 1}, "labels": IDS}, "input_ids is a dict"),
+        ({"inputs_embeds": torch.zeros(2, 4, 32).double()}, "inputs_embeds has the dtype torch.float64 and the model"),
+        ({"inputs_embeds": torch.zeros(2, 0, 32)}, "at least one row and one token"),
+        ({"input_ids": IDS, "pixel_values": [1]}, "pixel_values is a list"),
+        ({"input_ids": IDS, "pixel_values": torch.zeros(1, 1, 12, 12)}, r"the tower takes \(images, 3, 12, 12\)"),
+        ({"input_ids": IDS, "gen_image_vectors": "x"}, "gen_image_vectors is a str"),
+        ({"input_ids": IDS, "mm_encoder_outputs": "x"}, "mm_encoder_outputs is a str; expected a dict"),
+        ({"input_ids": IDS, "mm_encoder_outputs": {"image": 3}}, "is a int without pooler_output"),
+        ({"input_ids": IDS, "past_key_values": torch.ones(2)}, "is a Tensor; expected a cache such as"),
+        ({"input_ids": IDS, "past_key_values": ()}, "is a tuple; expected a cache such as"),
+        ({"input_ids": IDS, "use_cache": "yes"}, "use_cache is .*yes.*; expected True or False"),
+        ({"input_ids": IDS, "output_hidden_states": "yes"}, "output_hidden_states is .*; expected True or False"),
+    ],
+)
+def test_inputs_that_layers_would_stumble_over_are_refused_by_name(inputs, match):
+    with pytest.raises(ValueError, match=match) as error:
+        make_model()(**inputs)
+    assert str(error.value).isprintable()
+
+
+def test_features_that_are_not_finite_are_refused_where_pictures_were_encoded_before():
+    model = make_model()
+    encoded = model.get_image_features(torch.zeros(1, 3, 12, 12))
+    encoded.pooler_output[0, 0, 0] = NAN
+    with pytest.raises(ValueError, match=r"mm_encoder_outputs\['image'\].* not finite"):
+        model(input_ids=rows([9]), mm_encoder_outputs={"image": encoded})
+
+
+@pytest.mark.parametrize("name", ["encode_images", "get_image_features", "encode_gen_images"])
+def test_methods_that_encode_pictures_refuse_what_gives_no_finite_vectors(name):
+    encode, side = getattr(make_model(), name), 16 if "gen" in name else 12
+    poisoned = pixels(2, side)
+    poisoned[1, 0, 0, 0] = NAN
+    for given, match in (
+        (poisoned, "not finite"),
+        (torch.full((2, 3, side, side), 3e38), "image 0: the vectors of the .* tower are not finite"),
+        ([1], "is a list"),
+        (pixels(1, side).long(), "expected floats"),
+        (pixels(1, side).to("meta"), "device meta"),
+        (pixels(1, side).to_sparse(), "dense"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            encode(given)
+
+
+def test_vectors_that_are_none_are_not_embedded():
+    model = make_model().model
+    assert model.embed_gen_vectors(torch.zeros(2, 4, 12)).shape == (2, 4, 32)
+    for given, match in (
+        (torch.full((1, 12), NAN), "not finite"),
+        (torch.zeros(1, 13), "width 12"),
+        ("x", "is a str"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            model.embed_gen_vectors(given)
+
+
+def test_labels_of_any_whole_dtype_give_the_same_loss():
+    model = make_model()
+    expected = model(input_ids=IDS, labels=IDS).loss
+    for dtype in (torch.int32, torch.int16, torch.uint8, torch.uint16):
+        torch.testing.assert_close(model(input_ids=IDS, labels=IDS.to(dtype)).loss, expected)

@@ -321,3 +321,19 @@ def test_decoder_that_does_not_fit_is_refused_before_the_language_model_runs(une
     pipe.vision_language_model.generate = lambda *args, **kwargs: pytest.fail("the language model ran")
     with pytest.raises(ValueError, match=message):
         pipe("a")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda x: x.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (lambda x: x.to_sparse(), "layout torch.sparse_coo"),
+        (lambda x: x.to("meta"), r"no values \(device meta\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["image_vectors", "negative_image_vectors", "latents"])
+def test_tensors_that_cannot_be_looked_at_are_refused(name, change, match):
+    call = {"image_vectors": vectors(), "guidance_scale": 2.0, "negative_image_vectors": vectors()}
+    value = torch.zeros(1, 4, 8, 8) if name == "latents" else vectors()
+    with pytest.raises(ValueError, match=f"{name} .*{match} or non-finite values; expected finite floating numbers"):
+        make_pipeline()(**(call | {name: change(value)}))
