@@ -16,7 +16,7 @@ from typing import Any
 # folders in which the libraries look for files by themselves, beside the root; .md: the card, which exports carry on
 _READ_FOLDERS = ("", "unet", "vae", "scheduler", "additional_chat_templates")
 _READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".model", ".txt", ".md", ".py")
-LAYER_COUNTS = re.compile(r"num_\w*(layers|blocks|experts)|num_layers|n_layers?|\w*layers_per_block|\w*depths?")
+LAYER_COUNTS = re.compile(r"(\w+_)?num_(\w+_)?(layers|blocks|experts)|n_layers?|\w*layers_per_block|\w*depths?")
 MAX_LAYERS = 10_000  # published language models have up to 200
 _KINDS = {
     stat.S_ISDIR: "a folder",

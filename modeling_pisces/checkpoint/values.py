@@ -26,9 +26,10 @@ def check_processor(folder: Path, processor: Any, config: Any) -> None:
             f"{path}: describes a {type(processor).__name__}, expected a PiscesProcessor. Look at processor_class, or "
             "download the checkpoint again."
         )
-    for name in ("num_image_tokens", "num_gen_image_tokens") if processor.can_draw else ("num_image_tokens",):
-        expected, found = getattr(config, name, None), getattr(processor, name)
-        if expected is not None and found != expected:
+    draws = processor.can_draw and config.has_generation
+    for name in ("num_image_tokens", "num_gen_image_tokens") if draws else ("num_image_tokens",):
+        expected, found = getattr(config, name), getattr(processor, name)
+        if found != expected:
             raise ValueError(f"{path}: {name} is {found}, but config.json makes {expected} vectors. Repair it.")
 
 

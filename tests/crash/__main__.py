@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--streams", type=count, default=20, help="runs whose standard output takes nothing")
     parser.add_argument("--environments", type=count, default=10, help="runs without HOME, or in the C locale")
     parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--minutes", type=whole_number(1), help="stop after so many; the rest is not tried")
     parser.add_argument("--only", default="", help="jobs whose name has one of these in it, by commas")
     parser.add_argument("--output", metavar="FILE", help="results file, to which the counts are added")
     options = parser.parse_args(arguments)
@@ -50,23 +51,29 @@ def main(arguments: list[str] | None = None) -> int:
     plan += [f"stdout {kind}" for kind in list(STREAMS) * options.streams][: options.streams]
     plan += (["missing HOME", "read-only HOME", "C locale"] * options.environments)[: options.environments]
     warm_up(jobs)
+    randoms.shuffle(plan)  # a run that is stopped has some of everything
+    choices = [job for job in jobs for _ in range(job.weight)] + [PUSH] * any(word in PUSH.name for word in only)
     counts: Counter = Counter()
+    tried: Counter = Counter()
     failures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="pisces-crash-", ignore_cleanup_errors=True) as name:
         bench = Bench(write_shared(Path(name) / "shared"), Path(name), randoms)
-        for number, trial in enumerate(plan):
-            job = jobs[number % len(jobs)]
-            if trial == "kill" and number % (len(jobs) + 1) == len(jobs) and any(word in PUSH.name for word in only):
-                job, problem = PUSH, kill_push(bench)
+        for trial in plan:
+            if options.minutes and time.monotonic() - start > 60 * options.minutes:
+                break
+            job = randoms.choice(choices)
+            if job is PUSH:
+                trial, problem = "kill", attempt(lambda: kill_push(bench))
             else:
                 problem = attempt(lambda trial=trial, job=job: TRIALS[trial](bench, job))
             counts[trial] += 1
+            tried[job.name] += 1
             if problem:
                 failures.append({"trial": trial, "job": job.name, "problem": problem[:600]})
                 print(f"{trial}, {job.name}: {problem}", flush=True)
-    print(dict(counts), f"{len(failures)} failures, {time.monotonic() - start:.0f} s")
-    if options.output:
-        write(options.output, counts, failures, options.seed, time.monotonic() - start, [job.name for job in jobs])
+            if options.output:
+                write(options.output, counts, bench.hits, failures, options.seed, time.monotonic() - start, tried)
+    print(dict(counts), dict(bench.hits), f"{len(failures)} failures, {time.monotonic() - start:.0f} s")
     return int(bool(failures))
 
 
@@ -77,19 +84,23 @@ def attempt(trial: Callable[[], str]) -> str:
         return str(error)
 
 
-def write(path: str, counts: Counter, failures: list, seed: int, seconds: float, jobs: list[str]) -> None:
+def write(
+    path: str, counts: Counter, hits: Counter, failures: list, seed: int, seconds: float, tried: Counter
+) -> None:
     """Add a run to "crash" of a results file, with the sums over all runs there; its other parts stay."""
     from pisces_commands.measurement import current_command, current_commit, describe_hardware
     from pisces_commands.writing import write_json
 
     file = Path(path)
     results = json.loads(file.read_text()) if file.is_file() else {"benchmark": "robustness"}
-    runs = results.get("crash", {}).get("runs", [])
+    runs = [run for run in results.get("crash", {}).get("runs", []) if run["seed"] != seed]  # its earlier state
     runs.append(
         {
             "trials": dict(counts),
+            "kills": hits["kill"],
+            "full_disks": hits["full disk"],
             "failures": failures,
-            "jobs": jobs,
+            "jobs": dict(tried),
             "seed": seed,
             "hours": round(seconds / 3600, 2),
             "command": current_command(),
@@ -99,8 +110,8 @@ def write(path: str, counts: Counter, failures: list, seed: int, seconds: float,
     )
     trials: Counter = sum((Counter(run["trials"]) for run in runs), Counter())
     results["crash"] = {
-        "kills": trials["kill"] + 3 * trials["three kills"],
-        "full_disks": trials["full disk"],
+        "kills": sum(run["kills"] for run in runs),
+        "full_disks": sum(run["full_disks"] for run in runs),
         "double_writers": trials["two writers"],
         "others": sum(trials.values())
         - sum(trials[name] for name in ("kill", "three kills", "full disk", "two writers")),

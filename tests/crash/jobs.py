@@ -31,6 +31,7 @@ class Job(NamedTuple):
         compared: names of the files whose bytes two runs have in common.
         opens: opens a finished output as its readers do, and raises where it is not whole.
         goes_on: it leaves whole pieces of its work, from which it goes on.
+        weight: how often it is chosen; those without a model take a second.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Job(NamedTuple):
     opens: Callable[[Path], Any]
     compared: str = r".*"
     goes_on: bool = False
+    weight: int = 1
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -125,7 +127,7 @@ def open_decoder_adapter(folder: Path) -> None:
 
 
 _TRAIN = (
-    "--model_name_or_path {s}/checkpoint --data {s}/rows/rows.jsonl --max_steps 4 --per_device_train_batch_size 2 "
+    "--model_name_or_path {s}/checkpoint --data {s}/rows/rows.jsonl --max_steps 2 --per_device_train_batch_size 2 "
     "--save_steps 1 --logging_steps 1 --warmup_steps 1 --use_cpu True --disable_tqdm True --guard_steps 1000 "
     "--lora_r 2 --seed 3 --output_dir {w}/out"
 )
@@ -133,10 +135,10 @@ _DRAW = _TRAIN.replace("{s}/rows", "{s}/drawings")
 _WEIGHTS = r"out/adapter_model\.safetensors|out/pytorch_lora_weights\.safetensors"
 
 JOBS = (
-    Job("scenes", "finetune.scenes", "--output {w}/out --num_scenes 8 --seed 2", "out/scenes.jsonl", open_rows, goes_on=True),
-    Job("edits", "finetune.scenes.edits", "--output {w}/out --num_edits 9 --seed 2", "out/edits.jsonl", open_pictures),
+    Job("scenes", "finetune.scenes", "--output {w}/out --num_scenes 8 --seed 2", "out/scenes.jsonl", open_rows, goes_on=True, weight=5),
+    Job("edits", "finetune.scenes.edits", "--output {w}/out --num_edits 9 --seed 2", "out/edits.jsonl", open_pictures, weight=5),
     Job("new_concept", "finetune.scenes.new_concept", "--num_pictures 4 --num_replay 4 --num_heldout 4 --output {w}/out",
-        "out/concept.json", open_pictures),
+        "out/concept.json", open_pictures, weight=4),
     Job("export", "conversion.export", "--checkpoint {s}/checkpoint --output {w}/out", "out/config.json", open_checkpoint),
     Job("export over an earlier one", "conversion.export", "--checkpoint {s}/checkpoint --output {w}/out --overwrite",
         "out/config.json", open_checkpoint),
@@ -149,10 +151,10 @@ JOBS = (
         "out/cache.json", open_texts, goes_on=True),
     Job("lora_generation", "finetune.lora_generation", _DRAW, "out/adapter_model.safetensors", open_adapter, _WEIGHTS, True),
     Job("lora_joint", "finetune.lora_joint", _TRAIN, "out/adapter_model.safetensors", open_adapter, _WEIGHTS, True),
-    Job("lora_decoder", "finetune.lora_decoder", _DRAW.replace("--guard_steps 1000 ", ""),
+    Job("lora_decoder", "finetune.lora_decoder", _DRAW.replace("--guard_steps 1000 ", "").replace("--use_cpu True --disable_tqdm True ", ""),
         "out/pytorch_lora_weights.safetensors", open_decoder_adapter, _WEIGHTS, True),
     Job("train_stages", "finetune.train_stages",
-        "--checkpoint {s}/stage --data {s}/scenes --max_steps 4 --batch_size 2 --warmup_steps 1 --log_steps 1 --save_steps 1 "
+        "--checkpoint {s}/stage --data {s}/scenes --max_steps 2 --batch_size 2 --warmup_steps 1 --log_steps 1 --save_steps 1 "
         "--output {w}/out", "out/config.json", open_checkpoint, r"out/model\.safetensors", True),
     Job("draw_prompts", "evaluation.draw_prompts",
         "--model {s}/checkpoint --prompts own:{s}/prompts.jsonl --images_per_prompt 2 --num_inference_steps 1 --output {w}/out",

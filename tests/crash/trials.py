@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ class Bench:
         self.shared, self.scratch, self.random = shared, scratch, randoms
         self._whole: dict[str, Whole] = {}
         self.pushed: dict[str, Any] = {}
+        self.hits: Counter = Counter()  # "kill" and "full disk": those that came before the run was over
 
     @contextlib.contextmanager
     def folder(self) -> Iterator[Path]:
@@ -121,11 +123,12 @@ def kill(bench: Bench, job: Job, times: int = 1) -> str:
         earlier_output(bench, job, work)
         for _ in range(times):
             if bench.random.random() < 0.6 and whole.events:
-                Run(job, bench.shared, work, die_at=bench.random.randint(1, whole.events)).wait()
+                ended = Run(job, bench.shared, work, die_at=bench.random.randint(1, whole.events)).wait()
             else:
                 run = Run(job, bench.shared, work)
-                run.signal_after(bench.random.uniform(0.05, 1.05) * whole.seconds, signal.SIGKILL)
-                run.wait()
+                run.signal_after(bench.random.uniform(0.05, 0.95) * whole.seconds, signal.SIGKILL)
+                ended = run.wait()
+            bench.hits["kill"] += ended.code == -signal.SIGKILL
             if "--overwrite" in job.words and (problem := lost(job, work)):
                 return problem
             if problem := after_a_stop(job, work):
@@ -162,8 +165,8 @@ def kill_push(bench: Bench) -> str:
             hub.repos.clear(), hub.blobs.clear()
         expected, seconds = bench.pushed["push"]
         run = Run(PUSH, bench.shared, work, before=redirect)
-        run.signal_after(bench.random.uniform(0.05, 1.05) * seconds, signal.SIGKILL)
-        run.wait()
+        run.signal_after(bench.random.uniform(0.05, 0.95) * seconds, signal.SIGKILL)
+        bench.hits["kill"] += run.wait().code == -signal.SIGKILL
         shown = hub.files("me/mine") if "me/mine" in hub.repos and hub.commits("me/mine") else {}
         if shown and shown.keys() != expected.keys():
             return f"half a checkpoint is published: {sorted(shown)}"
@@ -192,6 +195,7 @@ def full_disk(bench: Bench, job: Job) -> str:
             if ended.code == 0:  # temporary files beside the output are no part of its size
                 problem = "" if (work / job.finished).exists() else "ended well without its output"
             else:
+                bench.hits["full disk"] += 1
                 problem = judge_line(ended, (1,)) or after_a_stop(job, work)
                 last = ended.errors.strip().replace("\r", "\n").splitlines()[-1]
                 if not problem and (str(work) not in last or "No space left" not in last):

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.random import Generator
 
 from tests.fuzz.outcomes import Refusable, Wrong
+from tests.fuzz.recording import record
 
 
 MAX_SECONDS = 60
@@ -395,6 +396,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--kind", choices=[kind.__name__ for kind, _ in KINDS], help="cases of one kind")
     parser.add_argument("--all", action="store_true", help="every planted folder once, instead of seeds")
+    parser.add_argument("--output", metavar="FILE", help="results file, to which the counts are added")
     options = parser.parse_args()
     warm_up()
     start, counts = time.monotonic(), {"right": 0, "refused": 0, "failure": 0}
@@ -425,6 +427,9 @@ def main() -> None:
         counts["failure" if problem else outcome] += 1
         if problem:
             print(f"seed {seed}, {case.name}: {' '.join(problem.split())[:400]}", flush=True)
+    surface = f"checkpoint {'planted, each once' if options.all else options.kind or 'all'}"
+    numbers = {**counts, "seeds": [options.start, options.start + options.seeds]}
+    record(options.output, surface, {**numbers, "seconds": round(time.monotonic() - start)})
     print(counts, f"{time.monotonic() - start:.0f} s")
     sys.exit(1 if counts["failure"] else 0)
 

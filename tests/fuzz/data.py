@@ -30,6 +30,7 @@ from PIL import Image
 from finetune.data.load import load_data
 from finetune.data.schema import DataError
 from tests.finetune.data.data_files import picture, prompt
+from tests.fuzz.recording import record
 
 
 TIMEOUT_S = 20
@@ -430,6 +431,7 @@ def main() -> None:
         "--commands", action="store_true", help="through check_data and curation.scan, not the readers"
     )
     parser.add_argument("--large", action="store_true", help="the large ones alone")
+    parser.add_argument("--output", metavar="FILE", help="results file, to which the counts are added")
     options = parser.parse_args()
     start, bad = time.perf_counter(), 0
     if options.commands:
@@ -443,6 +445,9 @@ def main() -> None:
         if problem := check_command(module, make, seed) if options.commands else check(make, seed):
             bad += 1
             print(f"{make.__name__} {options.seed}-{number}: {problem}", flush=True)
+    surface = f"data{' commands' if options.commands else ''}{' large' if options.large else ''}"
+    numbers = {"cases": options.cases, "failures": bad, "seed": options.seed}
+    record(options.output, surface, {**numbers, "seconds": round(time.perf_counter() - start)})
     print(f"seed {options.seed}: {options.cases} cases, {bad} failures, {time.perf_counter() - start:.0f} s")
     sys.exit(1 if bad else 0)
 

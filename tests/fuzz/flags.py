@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from pisces_commands.console import build_parser
+from tests.fuzz.recording import record
 
 
 ROOT = str(Path(__file__).parents[2])
@@ -357,6 +358,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, help="a sample of so many; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--only", default="", help="commands whose name has this in it")
+    parser.add_argument("--output", metavar="FILE", help="results file, to which the counts are added")
     options = parser.parse_args()
     start = time.perf_counter()
     chosen = list(cases(options.only))
@@ -369,6 +371,9 @@ def main() -> None:
             shown = problem if "--verbose" in os.environ.get("FUZZ", "") else " ".join(problem.split())[-300:]
             print(f"{command.module} {command.arguments.split()[0]} {action.option_strings[-1]} {kind}: {shown}")
     flags = len({(command, action.dest) for command, action, _ in chosen})
+    seconds = round(time.perf_counter() - start)
+    numbers = {"flags": flags, "kinds_of_wrong_values": len(VALUES), "cases": len(chosen), "failures": bad}
+    record(options.output, "flags", {"commands": len({c for c, _, _ in chosen}), **numbers, "seconds": seconds})
     print(f"{flags} flags, {len(chosen)} cases, {bad} failures, {time.perf_counter() - start:.0f} s")
     sys.exit(1 if bad else 0)
 
