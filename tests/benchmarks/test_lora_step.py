@@ -6,8 +6,8 @@ import pytest
 import transformers
 from packaging import version
 
-from benchmarks.material import lora_models as benchmark_models
 from benchmarks import lora_step as benchmark_step
+from benchmarks.material import lora_models as benchmark_models
 
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}

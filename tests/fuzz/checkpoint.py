@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.random import Generator
 
-from tests.fuzz.outcomes import Refusable, Wrong
+from tests.fuzz import outcomes
+from tests.fuzz.outcomes import Wrong
 from tests.fuzz.recording import record
 
 
@@ -367,10 +368,10 @@ def check(case: Case) -> None:
 KINDS = ((changed_setting, 0.7), (damaged_file, 0.15), (planted, 0.15))
 
 
-def make_case(random: Generator) -> Refusable:
+def make_case(random: Generator) -> outcomes.Case:
     make = random.choice([kind for kind, _ in KINDS], p=[share for _, share in KINDS])
     case = make(random)
-    return Refusable(f"{make.__name__}", lambda: check(case), case.must)
+    return outcomes.Case(f"{make.__name__}", lambda: check(case), case.must)
 
 
 def warm_up() -> None:
