@@ -28,7 +28,7 @@ LIMITS: dict[str, tuple[Any, str]] = {
     "max_steps": (COUNT, "denoising steps (400)"),
     "max_inputs": (COUNT, "texts and pictures of one request for embeddings (400)"),
     "max_queue": (COUNT, "requests that may wait (429)"),
-    "max_batch": (COUNT, "rows that run together; 1 draws exactly what `pisces draw` draws"),
+    "max_batch": (COUNT, "rows that run together; 1 draws each picture as if alone, to the bit"),
     "batch_wait_ms": (finite_number(0, 10_000), "how long the first request of a batch waits for others"),
     "deadline_s": (finite_number(above=0, most=86_400), "longest wait for an answer (504)"),
     "grace_s": (finite_number(0, 3600), "how long running requests may go on after SIGTERM (503)"),

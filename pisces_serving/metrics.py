@@ -25,6 +25,13 @@ class Metrics:
             "pisces_queue_seconds", "from queue to start", ["endpoint"], buckets=SECONDS, registry=registry
         )
         self.run_s = Histogram("pisces_run_seconds", "of a batch", ["endpoint"], buckets=SECONDS, registry=registry)
+        self.phase_s = Histogram(
+            "pisces_phase_seconds",
+            "of a batch, by what was busy: vectors and decoder of drawings, text of chats",
+            ["phase"],
+            buckets=SECONDS,
+            registry=registry,
+        )
         self.pictures = Counter("pisces_pictures", "pictures drawn", registry=registry)
         self.tokens = Counter("pisces_tokens", "tokens of chats", ["kind"], registry=registry)
         self.dropped = Counter("pisces_dropped", "requests whose sender left before an answer", registry=registry)

@@ -84,6 +84,7 @@ class Worker(threading.Thread):
         self.on_end, self.on_ready = on_end, on_ready
         self.is_ready = threading.Event()
         self.error: BaseException | None = None
+        self.decoder_since: float | None = None  # of the drawing that is going on: when its vectors were finished
         self.metrics = Metrics(lambda: len(batcher), lambda: float(self.is_ready.is_set()))
         self.can_draw = (folder / "model_index.json").is_file()
 
@@ -111,6 +112,7 @@ class Worker(threading.Thread):
         if self.can_draw:
             self.pipeline = load_pipeline(*how)
             self.pipeline.set_progress_bar_config(disable=True)
+            self.pipeline.unet.register_forward_pre_hook(self._note_decoder)
             self.model, self.processor = self.pipeline.vision_language_model, self.pipeline.processor
         else:
             self.model, self.processor = load_model(*how)
@@ -124,6 +126,10 @@ class Worker(threading.Thread):
             if self.pipeline is not None:
                 generator = torch.Generator("cpu").manual_seed(0)
                 self.pipeline([""], generator=[generator], num_inference_steps=2)
+
+    def _note_decoder(self, *_: Any) -> None:
+        if self.decoder_since is None:
+            self.decoder_since = time.monotonic()
 
     # ---- batches
 
@@ -156,7 +162,9 @@ class Worker(threading.Thread):
         return [self._chat(job) for job in jobs]
 
     def _chat(self, job: Job) -> Any:
+        start = time.monotonic()
         answer = self._write(job.work, lambda piece: job.tell("piece", piece), lambda: job.is_cancelled)
+        self.metrics.phase_s.labels("text").observe(time.monotonic() - start)
         self.metrics.tokens.labels("prompt").inc(answer.num_prompt_tokens)
         self.metrics.tokens.labels("answer").inc(answer.num_new_tokens)
         return answer
@@ -222,7 +230,8 @@ class Worker(threading.Thread):
             "height": shape.height,
             "width": shape.width,
         }
-        return self.pipeline(
+        start, self.decoder_since = time.monotonic(), None
+        images = self.pipeline(
             [work.prompt for work in works],
             negative_prompt=[work.negative_prompt for work in works] if shape.has_negative else None,
             image=[shown[id(work)] for work in works] if shape.num_pictures else None,
@@ -231,6 +240,10 @@ class Worker(threading.Thread):
             callback_on_step_end=stop_if_nobody_waits,
             **options,
         ).images
+        middle = self.decoder_since or start
+        self.metrics.phase_s.labels("vectors").observe(middle - start)
+        self.metrics.phase_s.labels("decoder").observe(time.monotonic() - middle)
+        return images
 
     def _embed(self, jobs: list[Job]) -> list[tuple[list[Any], int]]:
         """For each job its vectors in the order of its items, and how many tokens its texts have."""

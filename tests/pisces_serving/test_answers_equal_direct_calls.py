@@ -146,3 +146,5 @@ def test_metrics_count_answers_pictures_and_batches(served):
     assert [b - a for a, b in zip(before, after, strict=True)] == [2, 1]
     assert value('pisces_requests_total{path="/v1/images/generations",status="200"}') >= 1
     assert value("pisces_ready") == 1
+    phases = [value(f'pisces_phase_seconds_sum{{phase="{name}"}}') for name in ("vectors", "decoder")]
+    assert min(phases) > 0 and sum(phases) <= value('pisces_run_seconds_sum{endpoint="') + 1e-3

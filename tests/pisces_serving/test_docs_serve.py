@@ -62,6 +62,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_curl_line_gets_what_it_asks_for(address, folder):
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
@@ -81,6 +82,7 @@ def test_every_curl_line_gets_what_it_asks_for(address, folder):
     assert "pisces_queue_length 0.0" in answers["/metrics"]
 
 
+@pytest.mark.slow
 def test_the_python_lines_run_with_the_package_openai(address, folder, capsys):
     pytest.importorskip("openai")
     names: dict = {}
@@ -92,7 +94,31 @@ def test_the_python_lines_run_with_the_package_openai(address, folder, capsys):
     assert len({len(item.embedding) for item in names["vectors"]}) == 1
 
 
+@pytest.mark.slow
 def test_the_error_that_the_page_shows_is_the_one_that_is_sent(address):
     httpx = pytest.importorskip("httpx")
     answer = httpx.post(f"{address}/v1/images/generations", json={"prompt": "red", "n": 11})
     assert [answer.json()] == [json.loads(body) for body in blocks("json")]
+
+
+def test_the_measured_numbers_of_the_page_are_those_of_the_results_file_and_meet_their_bars():
+    found = json.loads((ROOT / "results/serving.json").read_text(encoding="utf-8"))
+    load, fuzzed, ends = found["load"], found["fuzz"], found["ends"]
+    batching, latency = found["batching"], found["latency"]
+    assert load["clients"] == 64 and load["wrong"] == load["lost"] == 0 and load["memory_growth"] <= 0.05
+    assert batching["processor"]["gain_median"] >= 2.5 <= batching["wall"]["gain_median"]
+    for clock in ("wall", "processor"):
+        assert latency[clock]["served_p95_s"] <= latency[clock]["bar_s"]
+    assert fuzzed["requests"] >= 10_000 and not fuzzed["faults"] and not fuzzed["tracebacks_in_the_log"]
+    killed, ended = ends["killed"], ends["terminated"]
+    assert killed["during"]["wrong"] == killed["afterwards"]["wrong"] == killed["afterwards"]["lost"] == 0
+    assert ended["wrong"] == 0 and ended["exit_code"] == 0
+    for words in (
+        f"{load['asked']} answers in {load['seconds']} s, 0 wrong, 0 lost, memory {load['memory_growth']:+.1%}",
+        f"{batching['wall']['gain_median']:.1f} times as many per second",
+        f"{latency['processor']['served_p95_s']:.2f} s against {latency['processor']['direct_p95_s']:.2f} s",
+        f"{fuzzed['requests']:,} requests: 0 tracebacks, 0 hangs, 0 errors in another form",
+        f"noticed after {killed['noticed_after_s']:.1f} s",
+        f"ended after {ended['ended_after_s']:.1f} s with exit code 0",
+    ):
+        assert words in " ".join(TEXT.split()), words

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import http.server
 import json
+import socket
 import threading
 
 import pytest
@@ -293,3 +294,22 @@ def test_an_error_of_ours_is_a_500_without_a_traceback(served, monkeypatch, caps
     monkeypatch.setattr(served.worker, "_embed", lambda jobs: (_ for _ in ()).throw(MemoryError()))
     answer = served.ask("/v1/embeddings", {"input": "red"})
     assert answer.status_code == 503 and refusal(answer)["code"] == "out_of_memory"
+
+
+def test_what_is_no_http_at_all_is_refused_in_the_one_form_too(served):
+    uvicorn = pytest.importorskip("uvicorn")
+    from pisces_serving.__main__ import Protocol
+
+    server = uvicorn.Server(uvicorn.Config(served.client.app, port=0, http=Protocol, log_level="critical"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    for nonsense in (b"hello\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"\x16\x03\x01 TLS\r\n\r\n"):
+        with socket.create_connection(server.servers[0].sockets[0].getsockname(), timeout=20) as connection:
+            connection.sendall(nonsense)
+            head, _, body = b"".join(iter(lambda: connection.recv(4096), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head
+        assert json.loads(body)["error"]["code"] == "invalid_http"
+    server.should_exit = True
+    thread.join(20)
