@@ -23,7 +23,7 @@ NAVIGATION = {
     "Start": ["architecture.md"],
     "Use and train": [
         *("finetune.md", "from_scratch.md", "data.md", "curation.md", "edit.md"),
-        *("serve.md", "search.md", "many.md"),
+        *("demo.md", "serve.md", "search.md", "many.md"),
         *("preferences.md", "scale.md", "speed.md", "memory.md"),
     ],
     "Build": ["assemble.md", "compatibility.md"],

@@ -133,7 +133,7 @@ def _chat_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
     chat = gr.Chatbot(
         elem_id="chat",
         show_label=False,
-        height=400,
+        height=540,
         render_markdown=False,
         latex_delimiters=[],
         buttons=["copy"],
