@@ -149,6 +149,7 @@ COMMANDS = (
     Command("benchmarks.new_concept", "--model {d}/a --work {d}/work " + _BENCHMARK, "measure"),
     Command("benchmarks.image_generation", _BENCHMARK, "make_models"),
     Command("demo.run_demo", "--model {d}/a --output {d}/out", "show"),
+    Command("pisces_demo.app", "--model {d}/a", "serve"),
     Command("curation.scan", f"--data {ROOT}/examples/images --index {{d}}/index", "run_scan"),
     Command("curation.filter", _CURATE + " --config {root}/curation/configs/drawing.yaml", "run_filter", **_INDEX),
     Command("curation.dedup", _CURATE, "run_dedup", **_INDEX),

@@ -25,11 +25,11 @@ def open_browser():
 
 
 @contextmanager
-def serve(model):
+def serve(model, on_gpu=None):
     """The page of a loaded model on a free port of this machine."""
     from pisces_demo.page import build_page, launch
 
-    page = build_page(model)
+    page = build_page(model, on_gpu)
     _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
     try:
         yield url.rstrip("/")
