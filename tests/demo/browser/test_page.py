@@ -176,6 +176,7 @@ def test_a_wrong_flag_is_one_line(command, arguments, says):
 def take(visitor, name):
     path = DOCS / f"demo_{name}.png"
     visitor.page.mouse.move(5, 5)
+    visitor.page.evaluate("window.scrollTo(0, 0)")
     visitor.page.wait_for_timeout(800)
     data = visitor.page.screenshot(animations="disabled", clip={"x": 90, "y": 0, "width": 1020, "height": 900})
     Image.open(io.BytesIO(data)).convert("RGB").save(path, optimize=True)
@@ -204,5 +205,4 @@ def test_screenshots_of_the_documents_are_taken_from_the_page_at_work(visitor):
     visitor.wait_for_pictures("source", 1)
     visitor.click("edit")
     visitor.wait_for_pictures("slider", 2)
-    visitor.page.evaluate("window.scrollTo(0, 0)")
     take(visitor, "edit")
