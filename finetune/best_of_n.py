@@ -23,6 +23,7 @@ from finetune.flags.parsing import parse_classes, run_command
 from finetune.flags.ranges import check_ranges
 from finetune.preferences.candidates import DrawingFolder, Prompt, picture_seed, read_prompts
 from finetune.preferences.rewards import check_scores, load_function
+from pisces_commands.writing import held_output
 
 
 Scorer = Callable[[list[Image.Image], Prompt], Sequence[float]]
@@ -63,20 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     scorer: Scorer = load_function(options.scorer, "--scorer")
     prompts = read_prompts(options.prompts)
     settings = {name: value for name, value in asdict(options).items() if name not in FREE}
-    folder = DrawingFolder(options.output, settings)
-    if left := folder.prompts_left(prompts):
-        pipe = load_pipeline(options.checkpoint, options.adapter, options.device)
-        num_prompts = max(1, options.batch_size // options.n)
-        with tqdm(total=len(prompts), initial=len(prompts) - len(left), desc="drawing", unit="prompt") as bar:
-            for start in range(0, len(left), num_prompts):
-                group = left[start : start + num_prompts]
-                pictures_of = draw(pipe, [prompt for _, prompt in group], options)
-                for (index, prompt), pictures in zip(group, pictures_of, strict=True):
-                    scores = check_scores(scorer(pictures, prompt), options.n, options.scorer)
-                    folder.keep(index, prompt, pictures, scores)
-                bar.update(len(group))
-    print(folder.finish())
-    return folder.path
+    with held_output(options.output):
+        folder = DrawingFolder(options.output, settings)
+        if left := folder.prompts_left(prompts):
+            pipe = load_pipeline(options.checkpoint, options.adapter, options.device)
+            num_prompts = max(1, options.batch_size // options.n)
+            with tqdm(total=len(prompts), initial=len(prompts) - len(left), desc="drawing", unit="prompt") as bar:
+                for start in range(0, len(left), num_prompts):
+                    group = left[start : start + num_prompts]
+                    pictures_of = draw(pipe, [prompt for _, prompt in group], options)
+                    for (index, prompt), pictures in zip(group, pictures_of, strict=True):
+                        scores = check_scores(scorer(pictures, prompt), options.n, options.scorer)
+                        folder.keep(index, prompt, pictures, scores)
+                    bar.update(len(group))
+        print(folder.finish())
+        return folder.path
 
 
 def load_pipeline(checkpoint: str, adapter: str | None, device: str | None) -> Any:

@@ -21,6 +21,7 @@ from finetune.data.schema import iter_pictures
 from finetune.flags.parsing import parse_flags_of, run_command
 from finetune.flags.ranges import check_ranges
 from modeling_pisces import PiscesForConditionalGeneration, PiscesProcessor, load_image
+from pisces_commands.writing import held_output
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -119,17 +120,18 @@ def _encoder(model: Any, processor: PiscesProcessor, kind: str) -> tuple[Callabl
 def main(arguments: Sequence[str] | None = None) -> None:
     run = parse_flags_of(PrecomputeArguments, arguments)
     rows = UnopenedRows(load_data(run.data))
-    cache = PictureCache(run.output)
+    with held_output(run.output):
+        cache = PictureCache(run.output)
 
-    processor = AutoProcessor.from_pretrained(run.checkpoint)
-    model = AutoModelForMultimodalLM.from_pretrained(run.checkpoint).eval()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for kind in run.kinds:
-        tower_of(model, kind).to(device)  # the towers alone: the language model is not run
-        sources = pictures_of(rows.iter_rows(), kind)
-        settings = (run.dtype, run.batch_size, run.shard_size)
-        added = precompute(model, processor, sources, cache, kind, *settings)
-        print(f"{kind}: {added} added, {cache.count(kind)} in {run.output}")
+        processor = AutoProcessor.from_pretrained(run.checkpoint)
+        model = AutoModelForMultimodalLM.from_pretrained(run.checkpoint).eval()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for kind in run.kinds:
+            tower_of(model, kind).to(device)  # the towers alone: the language model is not run
+            sources = pictures_of(rows.iter_rows(), kind)
+            settings = (run.dtype, run.batch_size, run.shard_size)
+            added = precompute(model, processor, sources, cache, kind, *settings)
+            print(f"{kind}: {added} added, {cache.count(kind)} in {run.output}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,25 @@ def scratch_folder(beside: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
+def held_output(output: str | os.PathLike) -> Iterator[None]:
+    """Keep a second run away from an output that runs go on with, piece by piece; two would mix their pieces.
+
+    Where nothing can be made beside the output, such as at the top of a disk or in a folder that is not there yet, it
+    is not held.
+
+    Raises:
+        ValueError: another process is writing it just now.
+    """
+    output = Path(os.path.realpath(output))
+    partial = output.with_name(f".{output.name}.held.partial")
+    with ExitStack() as stack:
+        with suppress(WriteError):
+            stack.enter_context(_held(partial, output))
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        yield
+
+
+@contextmanager
 def _filled(partial: Path, output: Path) -> Iterator[None]:
     """Begin with an empty temporary folder, which the block fills and moves; after an error it is gone."""
     try:
@@ -392,6 +411,7 @@ __all__ = [
     "WriteError",
     "append_line",
     "error_number",
+    "held_output",
     "scratch_folder",
     "whole_files",
     "whole_folder",

@@ -42,7 +42,7 @@ from modeling_pisces.image_loading_pisces import load_image
 from pisces_commands.arguments import COUNT, LineParser, add_adapter_flag, finite_number
 from pisces_commands.ending import one_line_ending
 from pisces_commands.measurement import current_command, hash_files
-from pisces_commands.writing import write_json, write_whole
+from pisces_commands.writing import held_output, write_json, write_whole
 
 
 PROTOCOL = (
@@ -403,7 +403,8 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=finite_number(0, 1000), help="instead of the checkpoint's own")
     with one_line_ending():
         arguments = parser.parse_args()
-        results = evaluate_edits(arguments) if arguments.edits else evaluate(arguments)
+        with held_output(arguments.output):
+            results = evaluate_edits(arguments) if arguments.edits else evaluate(arguments)
         for name, part in results.items():
             if isinstance(part, dict) and "overall" in part:
                 print(name, json.dumps(part["overall"]))

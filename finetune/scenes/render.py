@@ -31,7 +31,7 @@ from finetune.scenes.questions import questions
 from finetune.scenes.text import caption_prompts
 from pisces_commands.arguments import COUNT, SEED, LineParser
 from pisces_commands.ending import one_line_ending
-from pisces_commands.writing import append_line, write_json, write_whole
+from pisces_commands.writing import append_line, held_output, write_json, write_whole
 
 
 __all__ = [
@@ -174,15 +174,16 @@ def write_scenes(
     folder = Path(output)
     settings: dict[str, Any] = {"seed": seed, "split": split, "size": size, "max_objects": max_objects}
     settings["broad_colors"] = broad_colors
-    first = _open_folder(folder, settings, num_scenes)
-    write_silhouettes(folder)
-    write_whole(
-        folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in prompts_for_evaluation(split, seed))
-    )
-    for index in tqdm(range(first, num_scenes), initial=first, total=num_scenes, desc="scenes", unit="scene"):
-        row, image = make_row(index, **settings)
-        write_whole(folder / row["image"], image.save, sync=False)
-        append_line(folder / "scenes.jsonl", json.dumps(row))  # after its picture: a line means that both are there
+    with held_output(folder):
+        first = _open_folder(folder, settings, num_scenes)
+        write_silhouettes(folder)
+        write_whole(
+            folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in prompts_for_evaluation(split, seed))
+        )
+        for index in tqdm(range(first, num_scenes), initial=first, total=num_scenes, desc="scenes", unit="scene"):
+            row, image = make_row(index, **settings)
+            write_whole(folder / row["image"], image.save, sync=False)
+            append_line(folder / "scenes.jsonl", json.dumps(row))  # after its picture: a line means both are there
     return folder
 
 

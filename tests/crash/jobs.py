@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 
 TEMPORARY = re.compile(r"\.partial|\.earlier|\.lock$|\.tmp|\.incomplete|^tmp")
-VARYING = re.compile(  # keys of JSON and YAML that say when, how fast or where, and what stands behind them
-    r"(\"?\w*(seconds|_s|_per_s|per_second|runtime|time|memory|gib|date|commit|command|hardware|output|path|folder|index)"
-    r'\w*\"?\s*:)\s*("[^"]*"|[^,\n}\]]*)',
-    re.IGNORECASE,
+VARYING = re.compile(  # entries of JSON that say when, how fast or where
+    r'("(?:\w*(?:seconds|per_second|runtime|gib|commit|command|hardware|date|time)|\w+_s|output|path|folder|index)"\s*:)'
+    r'\s*("[^"]*"|[^,\n}\]]*)'
 )
 TEXTS = (".json", ".jsonl", ".yaml", ".md", ".txt", ".csv")
 
@@ -160,7 +159,7 @@ JOBS = (
         "--model {s}/checkpoint --prompts own:{s}/prompts.jsonl --images_per_prompt 2 --num_inference_steps 1 --output {w}/out",
         "out/run.json", open_pictures, r".*\.png", True),
     Job("evaluation.scenes", "evaluation.scenes",
-        "--model {s}/stage --data {s}/scenes --num_questions 4 --no_drawing --output {w}/out.json", "out.json", open_texts,
+        "--model {s}/stage --data {s}/scenes --num_questions 4 --num_reconstructions 1 --num_prompts 1 --images_per_prompt 1 --output {w}/out.json", "out.json", open_texts,
         goes_on=True),
     Job("best_of_n", "finetune.best_of_n",
         "--checkpoint {s}/checkpoint --prompts {s}/prompts.txt --scorer tests.test_full_disk:count_red --n 2 "

@@ -20,6 +20,7 @@ from pisces_commands import writing
 from pisces_commands.writing import (
     WriteError,
     append_line,
+    held_output,
     scratch_folder,
     whole_files,
     whole_folder,
@@ -290,6 +291,22 @@ def test_a_scratch_folder_is_empty_gone_afterwards_and_held_by_one(locks, tmp_pa
     with pytest.raises(KeyError), scratch_folder(tmp_path / "mine"):
         raise KeyError
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_runs_go_on_with_has_one_writer_and_errors_keep_their_words(locks, tmp_path):
+    (tmp_path / "out").mkdir()
+    with held_output(tmp_path / "out"):
+        with (
+            pytest.raises(ValueError, match=r"out: another process is writing it just now"),
+            held_output(tmp_path / "out"),
+        ):
+            pass
+    assert names_in(tmp_path) == ["out"]
+    with pytest.raises(OSError, match=r"No space left on device$"), held_output(tmp_path / "out"):
+        raise NO_SPACE
+    with held_output(tmp_path / "nowhere" / "out"):  # nobody writes there yet
+        pass
+    assert names_in(tmp_path) == ["out"]
 
 
 def test_files_of_a_folder_that_holds_others_appear_together(locks, tmp_path):

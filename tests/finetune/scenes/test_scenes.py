@@ -26,6 +26,7 @@ from finetune.scenes.prompts import CATEGORIES, is_held_out_prompt, prompts_for_
 from finetune.scenes.questions import QUESTION_TYPES, all_questions, questions
 from finetune.scenes.render import main, make_row, render_scene, shape_outline, write_scenes
 from finetune.scenes.text import caption_prompts, describe, describe_in_detail, find_layouts, reword, short_captions
+from pisces_commands.writing import held_output
 
 
 def sample_many(num_scenes: int, **kwargs) -> list[Scene]:
@@ -378,3 +379,12 @@ def test_the_command_writes_a_folder_and_ends_with_the_reason_when_it_cannot(tmp
     assert len((tmp_path / "data" / "scenes.jsonl").read_text().splitlines()) == 2
     with pytest.raises(SystemExit, match="already holds 2 scenes"):
         main(["--output", str(tmp_path / "data"), "--num_scenes", "1"])
+
+
+def test_a_second_writer_of_the_same_folder_is_refused(tmp_path):
+    """Two would write every scene twice; found by `make crash`."""
+    with held_output(tmp_path / "data"):
+        with pytest.raises(ValueError, match=r"data: another process is writing it just now"):
+            write_scenes(tmp_path / "data", num_scenes=1, seed=0)
+    assert len((write_scenes(tmp_path / "data", num_scenes=2, seed=0) / "scenes.jsonl").read_text().splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
