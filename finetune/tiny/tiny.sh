@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# pisces-tiny from nothing: scenes, stage 0, the three stages, the finished folder, its score. See docs/tiny.md.
+# pisces-tiny from nothing: scenes, stage 0, the three stages, edits, the finished folder, its score. See docs/tiny.md.
 # The commands are those that finetune.from_scratch runs on anybody's pictures; here two of them run at a time, the
 # towers and the decoder see more shades than the stages, and the understanding tower learns from the scenes' truth.
 #
-#   bash finetune/tiny/tiny.sh [WORK]      WORK defaults to runs/tiny; about 4.5 hours on two processor cores
+#   bash finetune/tiny/tiny.sh [WORK]      WORK defaults to runs/tiny; about 5.5 hours on two processor cores
 #
 # Each step is skipped when its result is there, and resumes from its last checkpoint when it was stopped: run it again.
 set -euo pipefail
@@ -86,8 +86,8 @@ edits() { # on from the review, beside everything it knows
     pictures edits "$work/scenes" "$work/edits/rows.jsonl"
     step "edits" "$work/edited/results.json" \
         $python -m finetune.train_stages --stage review --checkpoint "$work/review" --output "$work/edited" \
-        --data "$work/pictures/edits" --bf16 $bf16 --batch_size 32 --learning_rate 5e-4 --log_steps 20 --save_steps 60 \
-        --seed 3 --pattern uegede --num_questions 8 --max_steps 740 --warmup_steps 40 --schedule cosine --ema_decay 0.995
+        --data "$work/pictures/edits" --bf16 $bf16 --batch_size 16 --learning_rate 7e-4 --log_steps 20 --save_steps 100 \
+        --seed 4 --pattern uegede --num_questions 8 --max_steps 1400 --warmup_steps 30 --schedule cosine --ema_decay 0.995
 }
 
 scenes scenes --num_scenes 60000 --seed 0 --split train

@@ -18,7 +18,13 @@ ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs/edit.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [shlex.split(line) for kind, body in BLOCKS if kind in ("", "bash") for line in body.splitlines()]
-TOY = {"finetune.scenes.edits": ["--num_edits", "12"], "evaluation.scenes": ["--num_edits", "12"]}
+FILES = dict(re.findall(r"^`([\w.]+)`\n```yaml\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL))
+TOY = {
+    "finetune.scenes.edits": ["--num_edits", "12"],
+    "finetune.scenes": ["--num_scenes", "4"],
+    "finetune.lora_editing": ["--max_steps", "2", "--judge_rows", "2", "--use_cpu", "True", "--guard_text", "off"],
+    "evaluation.scenes": ["--num_edits", "12"],
+}
 
 
 def test_every_command_and_the_python_of_the_page_run(tmp_path, monkeypatch):
@@ -27,12 +33,15 @@ def test_every_command_and_the_python_of_the_page_run(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     Image.new("RGB", (20, 20), "red").save("photo.png")
     write_checkpoint(tmp_path / "tiny")
-    assert [words[0] for words in COMMANDS] == ["pisces", "pisces", "python", "python"]
+    assert [words[0] for words in COMMANDS] == ["pisces"] * 2 + ["python"] * 9
+    for name, content in FILES.items():
+        Path(name).write_text(content, encoding="utf-8")
     for words in COMMANDS[:2]:
         assert main([*words[1:], "--model", "tiny"]) == 0
     assert len(list(Path("edited").glob("*.png"))) == 2 and Path("edited.png").is_file()
 
     (tmp_path / "pisces-tiny").symlink_to(ROOT / "pisces-tiny")
+    (tmp_path / "finetune").symlink_to(ROOT / "finetune")
     for words in COMMANDS[2:]:
         monkeypatch.setattr(sys, "argv", [words[2], *words[3:], *TOY[words[2]]])
         load_command(words[2])()
@@ -55,7 +64,7 @@ def cell(scores: dict) -> str:
 def test_the_table_says_what_the_results_file_says():
     results = json.loads((ROOT / "results/pisces-tiny-edits.json").read_text(encoding="utf-8"))
     assert results["benchmark"] == "edits" and results["model"] == "pisces-tiny"
-    for name, way in (("`pisces-tiny`", "edit"), ("copy", "copy"), ("redraw", "redraw")):
+    for name, way in (("`pisces-tiny`", "edit"), ("copy", "copy"), ("redraw", "redraw"), ("shift", "shift")):
         cells = [cell(results[way]["groups"][group]) for group in ("single", "two", "chained", "no_change")]
         assert f"| {name} | {' | '.join(cells)} |" in TEXT, f"| {name} | {' | '.join(cells)} |"
     counts = [results["edit"]["groups"][group]["both"]["n"] for group in ("single", "two", "chained", "no_change")]
