@@ -176,7 +176,7 @@ def _chat_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
     start_and_stop(gr, [box.submit], ends, answer, nothing_more, inputs, outputs, None, taken=(box, asked))
     # it waits in the model's queue, behind the answer that it stops
     clear.click(lambda: ([], []), None, outputs, api_visibility="private", **ONE_AT_A_TIME)
-    pictures = example_files(box.GRADIO_CACHE)
+    pictures = example_files(box)
     asks = [{"text": text, "files": [path]} for text, path in zip(QUESTIONS, pictures, strict=True)]
     draws = [{"text": text, "files": []} for text in CHAT_PROMPTS] if model.can_draw else []
     gr.Examples([[example] for example in (*asks, *draws)], [box], elem_id="chat-examples", api_visibility="private")
@@ -270,7 +270,7 @@ def _edit_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
     start_and_stop(gr, events, [stop.click], run, last, inputs, outputs, "edit")
     result.change(lambda picture: gr.Button(interactive=picture is not None), result, again, api_visibility="private")
     again.click(lambda picture: picture, result, source, api_visibility="private")
-    pairs = zip(example_files(source.GRADIO_CACHE), INSTRUCTIONS, strict=True)
+    pairs = zip(example_files(source), INSTRUCTIONS, strict=True)
     gr.Examples(
         [list(pair) for pair in pairs], [source, instruction], elem_id="edit-examples", api_visibility="private"
     )

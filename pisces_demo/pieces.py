@@ -71,8 +71,11 @@ def gallery_field(gr: Any, label: str, name: str, columns: int = 2) -> Any:
     )
 
 
-def example_files(cache: str) -> list[str]:
-    return [picture_file(picture, cache, name) for name, picture in example_pictures().items()]
+def example_files(component: Any) -> list[str]:
+    """The example pictures as files of a component of gradio, which its cleaning leaves alone."""
+    paths = [picture_file(picture, component.GRADIO_CACHE, name) for name, picture in example_pictures().items()]
+    component.keep_in_cache.update(paths)
+    return paths
 
 
 def picture_file(picture: Image.Image, cache: str, name: str = "picture") -> str:

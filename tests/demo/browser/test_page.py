@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pisces_demo.examples import example_pictures
+from pisces_demo.page import build_page
 from pisces_demo.pieces import drawing_seconds
 from tests.demo.browser.visitor import is_drawn, serve
 
@@ -39,6 +41,21 @@ def test_the_page_names_no_other_machine_to_connect_to(visitor):
     assert len(links) > 5 and all(link.startswith((visitor.url, "data:")) for link in links), links
     assert len(visitor.requests) > 20
     assert "fonts.g" not in visitor.page.content()
+
+
+def test_the_examples_outlive_the_cleaning_that_takes_the_pictures_of_yesterday(model):
+    from gradio.route_utils import delete_files_created_by_app
+
+    page = build_page(model)
+    names = {f"{name}.png" for name in example_pictures()}
+    kept = [path for block in page.blocks.values() for path in block.keep_in_cache if Path(path).name in names]
+    assert len(kept) == 2 * len(names)  # of the chat and of the edits
+    old = Path(kept[0]).with_name("old.png")
+    old.write_bytes(b"")
+    for block in page.blocks.values():
+        block.temp_files.update([*kept, str(old)])  # as when a visitor clicks them
+    delete_files_created_by_app(page, None)
+    assert all(Path(path).is_file() for path in kept) and not old.exists()
 
 
 def test_it_listens_on_this_machine_alone(address):
