@@ -172,10 +172,11 @@ def _chat_tab(gr: Any, model: DemoModel, on_gpu: Callable) -> None:
 
     inputs, outputs = [history, asked, length, seed, remembers], [history, chat]
     nothing_more = (gr.skip(), gr.skip())
-    ends = [stop.click, clear.click]
+    clears = [clear.click, chat.clear]  # the second is the field's own bin, which would empty the screen alone
+    ends = [stop.click, *clears]
     start_and_stop(gr, [box.submit], ends, answer, nothing_more, inputs, outputs, None, taken=(box, asked))
     # it waits in the model's queue, behind the answer that it stops
-    clear.click(lambda: ([], []), None, outputs, api_visibility="private", **ONE_AT_A_TIME)
+    gr.on(clears, lambda: ([], []), None, outputs, api_visibility="private", **ONE_AT_A_TIME)
     pictures = example_files(box)
     asks = [{"text": text, "files": [path]} for text, path in zip(QUESTIONS, pictures, strict=True)]
     draws = [{"text": text, "files": []} for text in CHAT_PROMPTS] if model.can_draw else []

@@ -120,6 +120,17 @@ def test_a_new_conversation_forgets_the_old_one_even_while_it_is_written(visitor
     assert visitor.answers() == []
 
 
+def test_the_bin_in_the_corner_forgets_the_conversation_too(visitor, star):
+    visitor.ask("How many objects are there?", [star])
+    visitor.wait_for_answer("two")
+    visitor.page.locator("#chat button[aria-label=Clear]").click()
+    visitor.page.wait_for_function("document.querySelectorAll('#chat .bot-row').length === 0")
+    visitor.page.wait_for_timeout(1000)
+    visitor.ask("Describe the picture.", [star])
+    visitor.wait_for_answer(STAR)
+    assert visitor.answers() == [STAR]
+
+
 def test_what_is_typed_is_shown_as_text_and_fetches_nothing(visitor):
     """Markdown and HTML could name a picture elsewhere; the visitor's leaving asserts that nothing was asked for."""
     text = "![x](http://192.0.2.1/x.png) <img src='http://192.0.2.1/y.png' onerror='alert(1)'> $x^2$"
