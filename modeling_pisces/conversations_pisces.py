@@ -426,6 +426,18 @@ def one_line_errors() -> Iterator[None]:
         raise ValueError(f"a setting of this call cannot be used: {one_line(error, 300)}") from error
 
 
+@contextlib.contextmanager
+def readable_ids() -> Iterator[None]:
+    """What a tokenizer says of things that are no ids, as one ValueError in one line."""
+    try:
+        yield
+    except (TypeError, OverflowError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"no token ids that can be read as text ({one_line(error, 120)}): expected whole numbers from 0, in rows "
+            "for several texts. Replace -100, which labels hold, by pad_token_id first."
+        ) from error
+
+
 # ---- control tokens that a user typed -------------------------------------------------------------------------------
 
 # Roles that templates of all families know; others count as text unless the template names them

@@ -94,7 +94,7 @@ def load_image(source: Any, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image
         return _to_rgb(source, _name_of(source), max_pixels)
     if isinstance(source, memoryview) and source.ndim > 1:
         return _from_array(np.asarray(source), max_pixels)
-    if hasattr(source, "shape") and not isinstance(source, (str, bytes, memoryview)):
+    if _shape(source) is not None and not isinstance(source, (str, bytes, memoryview)):
         return _from_array(source, max_pixels)
     image, name = _open(source, max_pixels)
     with image:
@@ -128,6 +128,15 @@ def _open(source: Any, max_pixels: int) -> tuple[Image.Image, str]:
         f"image of type {type(source).__name__}: expected a path, a URL, file bytes, a PIL image, an array or a "
         "tensor. Open the picture with modeling_pisces.load_image or PIL first."
     )
+
+
+def _shape(source: Any) -> Any:
+    """The shape of an array or tensor; None for what has none, () where it cannot be said (nested tensors)."""
+    try:
+        shape = getattr(source, "shape", None)
+        return tuple(shape) if isinstance(shape, (tuple, list)) else shape
+    except Exception:  # a property may raise anything
+        return ()
 
 
 def one_line(text: Any, limit: int = 400) -> str:
@@ -347,13 +356,19 @@ def _from_array(source: Any, max_pixels: int, name: str | None = None) -> Image.
 def _to_numpy(source: Any) -> np.ndarray:
     """An array or tensor of any library as real numbers in this machine's byte order."""
     kind = getattr(source, "dtype", type(source).__name__)
+    if isinstance(source, np.ma.MaskedArray) and np.ma.is_masked(source):
+        hidden = int(np.ma.count_masked(source))
+        raise ValueError(
+            f"array of shape {source.shape}, {one_line(kind, 60)}: {hidden} of its values are masked. Give what shall "
+            "stand there, such as array.filled(255)."
+        )
     try:
         array = source.detach().cpu() if hasattr(source, "detach") else source
         if str(kind) == "torch.bfloat16":
             array = array.float()  # numpy has no bfloat16
         array = np.asarray(array)
     except Exception as error:  # each library has its own: sparse, quantised or meta tensors, 8-bit floats, ...
-        shape, reason = one_line(tuple(getattr(source, "shape", ())), 60), _reason(error)
+        shape, reason = one_line(_shape(source), 60), _reason(error)
         raise ValueError(
             f"array of shape {shape}, {one_line(kind, 60)}: cannot be read as numbers ({reason}). Convert it to uint8 "
             "or float32 first."

@@ -48,6 +48,7 @@ from .conversations_pisces import (
     flatten,
     normalize_conversations,
     one_line_errors,
+    readable_ids,
     shows_both,
 )
 from .image_loading_pisces import load_image, one_line
@@ -216,11 +217,11 @@ class PiscesProcessor(ProcessorMixin):
         return outputs
 
     def batch_decode(self, *args, **kwargs) -> list[str]:
-        with TOKENIZER_LOCK:  # older tokenizers refuse a change of their state while another thread decodes
+        with TOKENIZER_LOCK, readable_ids():  # older tokenizers: no change of their state while a thread decodes
             return super().batch_decode(*args, **kwargs)
 
     def decode(self, *args, **kwargs) -> str:
-        with TOKENIZER_LOCK:
+        with TOKENIZER_LOCK, readable_ids():
             return super().decode(*args, **kwargs)
 
     def _check_call(self, kwargs, text, images, gen_images, vectors, generation_mode) -> None:
@@ -278,7 +279,7 @@ class PiscesProcessor(ProcessorMixin):
                 )
 
     def _stack_vectors(self, vectors: list) -> torch.Tensor:
-        vectors = [torch.as_tensor(vector) for vector in vectors]
+        vectors = [_as_vectors(vector, index) for index, vector in enumerate(vectors)]
         expected = (self.num_gen_image_tokens, *vectors[0].shape[1:2])
         for index, vector in enumerate(vectors):
             if vector.ndim != VECTORS_NDIM or vector.shape != expected:
@@ -454,6 +455,8 @@ class PiscesProcessor(ProcessorMixin):
         For those who build prompts for `__call__` themselves: ask this about every text that a user typed, and refuse
         what gives any. `apply_chat_template` does so for its messages.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text is a {type(text).__name__}; expected one string. Ask about each text by itself.")
         typed = TypedTokens(self.tokenizer, self._named_template(None), self._picture_tokens)
         return [token for token, _ in typed.find(text)]
 
@@ -485,13 +488,15 @@ class PiscesProcessor(ProcessorMixin):
         Raises:
             ValueError: the outputs are vectors of a drawing.
         """
-        first = generated_outputs[0] if len(generated_outputs) else None
+        with readable_ids():
+            first = generated_outputs[0] if len(generated_outputs) else None
         if isinstance(first, torch.Tensor) and first.is_floating_point():
             raise ValueError(
                 "these are vectors of a drawing, not token ids, so they have no text. Use PiscesPipeline to draw, and "
                 "this pipeline or method for answers."
             )
-        return super().post_process_image_text_to_text(generated_outputs, *args, **kwargs)
+        with readable_ids():
+            return super().post_process_image_text_to_text(generated_outputs, *args, **kwargs)
 
     def post_process_multimodal_output(
         self,
@@ -528,7 +533,8 @@ class PiscesProcessor(ProcessorMixin):
         if generation_mode == "image":
             return generated_outputs
         if num_prompt_tokens:
-            generated_outputs = [row[num_prompt_tokens:] for row in generated_outputs]
+            with readable_ids():
+                generated_outputs = [row[num_prompt_tokens:] for row in generated_outputs]
         return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
 
     def _split_interleaved(self, outputs: Any, skip_special_tokens: bool, num_prompt_tokens: int) -> list[list[dict]]:
@@ -552,6 +558,29 @@ class PiscesProcessor(ProcessorMixin):
                 parts.append({"type": "image", "image_vectors": vectors})
             rows.append(parts)
         return rows
+
+
+def _as_vectors(vectors: Any, index: int) -> torch.Tensor:
+    """Vectors of one picture as a tensor of finite floats.
+
+    Raises:
+        ValueError: naming the picture's number in reading order.
+    """
+    try:
+        tensor = torch.as_tensor(vectors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"gen_image_vectors {index}: a {type(vectors).__name__} that holds no numbers ({one_line(error, 80)}); "
+            "expected a tensor (M, Dg) from model.encode_gen_images."
+        ) from error
+    is_plain = tensor.layout == torch.strided and not tensor.is_meta and tensor.is_floating_point()
+    if not is_plain or tensor.dtype.itemsize < 2 or not bool(tensor.isfinite().all()):
+        kind = f"dtype {tensor.dtype}, layout {tensor.layout}, device {tensor.device}"
+        raise ValueError(
+            f"gen_image_vectors {index}: {kind}, or values that are not finite; expected finite floats, as "
+            "model.encode_gen_images makes them."
+        )
+    return tensor
 
 
 def _check_sanitizing(wanted: bool, tokenize: bool, processor_kwargs: dict | None) -> None:

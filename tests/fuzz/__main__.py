@@ -30,7 +30,7 @@ SURFACES = {
     "generate": "tests.fuzz.generation",
     "pipeline": "tests.fuzz.pipeline",
 }
-NOTED = 20  # failures that an entry of the results names
+NOTED = 40  # failures that an entry of the results names
 
 
 def parse_seeds(text: str) -> range:
@@ -125,12 +125,12 @@ def _child(surface: str, seeds: range) -> int:
     os.dup2(2, 1)
     sys.dont_write_bytecode = True
     cases = importlib.import_module(SURFACES[surface]).cases
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+    if transformers := sys.modules.get("transformers"):
+        transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     limits.limit_memory()
+    print(json.dumps({"ready": surface}), file=channel)
     for seed in seeds:
         print(json.dumps({"begin": seed}), file=channel)
         for outcome in run(cases, [seed]):

@@ -1,7 +1,11 @@
 """Cases for `load_image`: arrays, files whole and broken, PIL images of all modes, names of files and addresses."""
 
+import base64
 import io
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,7 +55,9 @@ def cases(seed: int) -> Iterator[Case]:
 
 
 def make_case(random: Generator) -> Case:
-    return random.choice([array, pil_image, whole_file, broken_file, other_bytes, name, thing])(random)  # type: ignore[arg-type]
+    return random.choice(
+        [array, pil_image, whole_file, broken_file, cut_file, contained, contained, other_bytes, name, thing]
+    )(random)  # type: ignore[arg-type]
 
 
 def array(random: Generator) -> Case:
@@ -211,6 +217,87 @@ def broken_file(random: Generator) -> Case:
     return Case(f"broken {format}", check)
 
 
+def cut_file(random: Generator) -> Case:
+    """A file that ends too early is refused, or nothing of the picture was missing."""
+    Image.init()
+    data, format, _ = _encoded(random)
+    cut = data[: int(random.integers(1, len(data)))]
+
+    def check():
+        found = load_image(cut)
+        if found.tobytes() != load_image(data).tobytes():
+            raise Wrong(f"a part of {format}, {len(cut)} of {len(data)} bytes")
+
+    return Case(f"cut {format}", check)
+
+
+TURNS = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # fmt: skip
+
+
+def contained(random: Generator) -> Case:
+    """One picture in two containers, however it is handed over, turned by EXIF or not, gives the same pixels."""
+    Image.init()
+    image = _random_image(random, "RGB" if random.random() < 0.7 else "RGBA")
+    orientation = int(random.integers(1, 9)) if random.random() < 0.4 else 1
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = image if TURNS[orientation] is None else image.transpose(TURNS[orientation])
+    expected = np.asarray(_over_white(turned) if image.mode == "RGBA" else turned)
+    options: dict[str, dict] = {
+        "PNG": {},
+        "TIFF": {"compression": str(random.choice(["raw", "tiff_lzw", "tiff_deflate", "packbits"]))},
+        "WEBP": {"lossless": True, "exact": True},
+    }
+    if orientation == 1 and image.mode == "RGB":
+        options |= {"BMP": {}, "PPM": {}}
+    format = str(random.choice(sorted(options)))
+    is_animated = format != "TIFF" and "BMP PPM".find(format) < 0 and random.random() < 0.2
+    more = {"save_all": True, "append_images": [image.transpose(Image.Transpose.ROTATE_180)]} if is_animated else {}
+    file = io.BytesIO()
+    image.save(file, format, **options[format], **more, **({"exif": exif} if orientation > 1 else {}))
+    data, folder = file.getvalue(), Path(tempfile.mkdtemp())
+    suffix = str(random.choice([".png", ".jpg", ".eps", "", ".txt", ".PNG"]))
+    way = str(random.choice(["bytes", "bytearray", "memoryview", "path", "text", "data URL", "PIL", "PIL read", "array", "fortran", "tensor", "channels first", "float", "float64", "deep", "view"]))  # fmt: skip
+    pixels = np.asarray(turned.convert("RGB")) if image.mode == "RGB" else np.asarray(turned)
+
+    def given():
+        path = folder / f"photo ü{suffix}"
+        if way in ("path", "text"):
+            path.write_bytes(data)
+        forms = {
+            "bytes": lambda: data,
+            "bytearray": lambda: bytearray(data),
+            "memoryview": lambda: memoryview(data),
+            "path": lambda: path,
+            "text": lambda: str(path),
+            "data URL": lambda: f"data:image/png;base64,{base64.b64encode(data).decode()}",
+            "PIL": lambda: Image.open(io.BytesIO(data)),
+            "PIL read": lambda: image if orientation == 1 else turned,
+            "array": lambda: pixels,
+            "fortran": lambda: np.asfortranarray(pixels),
+            "tensor": lambda: torch.from_numpy(pixels.copy()),
+            "channels first": lambda: torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+            "float": lambda: pixels.astype(np.float32) / 255,
+            "float64": lambda: torch.from_numpy(pixels / 255.0),
+            "deep": lambda: pixels.astype(np.uint16) * 257,
+            "view": lambda: np.repeat(pixels, 2, axis=0)[::2],
+        }
+        return forms[way]()
+
+    is_ambiguous = way == "channels first" and turned.height in (1, 3, 4)  # its last side may be 3 by chance
+
+    def check():
+        try:
+            found = np.asarray(load_image(given()))
+        finally:
+            shutil.rmtree(folder)
+        if not is_ambiguous and turned.width not in (1, 3, 4) and not np.array_equal(found, expected):
+            raise Wrong(f"other pixels of {format} {image.mode} {image.size} turned by {orientation} as {way}")
+
+    return Case(f"as {way}", check, None if is_ambiguous else False, (folder,))
+
+
 def other_bytes(random: Generator) -> Case:
     data = STARTS[random.integers(len(STARTS))] + random.bytes(int(random.integers(0, 200)))
     if random.random() < 0.2:
@@ -234,10 +321,15 @@ def name(random: Generator) -> Case:
     pieces = ["http://", "https://", "file://", "ftp://", "data:", "data:image/png;base64,", "s3://", "HTTP://", "/", "..", "\n", "\0", " ", "ä", "\ud800",
               "[::1", "127.0.0.1:9", "127.0.0.1:99999", "@", "?", "#", "%zz", "\x1b[31m", "\u202e", "x" * 300, "a.png", "AAAA", "=", ":", "/dev/zero", "\U0001f600"]  # fmt: skip
     text = "".join(pieces[i] for i in random.integers(0, len(pieces), random.integers(0, 5)))
-    if text.lower().startswith("http") and "127.0.0.1:9" not in text:
-        text = "http://127.0.0.1:9/" + text[7:]
-    if text.lower().startswith("http"):
-        text = text.replace("@", "")  # nothing is called but this machine
+    if text.lower().startswith("http"):  # nothing is called but this machine
+        odd = [
+            "http://[::1",
+            "http://127.0.0.1:99999/a.png",
+            "http://127.0.0.1:9:9/",
+            "http://",
+            "HTTPS://127.0.0.1:9",
+        ]
+        text = odd[random.integers(5)] if random.random() < 0.3 else "http://127.0.0.1:9/" + text[7:].replace("@", "")
 
     def check():
         load_image(text)
@@ -251,7 +343,9 @@ def thing(random: Generator) -> Case:
         shape = "no shape"
 
     things = [None, 3, 2.5, {}, [], (), {"bytes": b""}, object(), Shaped(), io.BytesIO(b"GIF89a"), iter([1]), Image, np.float32(1), np.array(None),
-              torch.ones(3, 3).to_sparse(), torch.ones(3, 3, device="meta"), torch.ones(2, 2, 3).to(torch.float8_e5m2), memoryview(b""), bytearray(b"x"), range(3)]  # fmt: skip
+              torch.ones(3, 3).to_sparse(), torch.ones(3, 3, device="meta"), torch.ones(2, 2, 3).to(torch.float8_e5m2), memoryview(b""), bytearray(b"x"), range(3), np.ma.masked_array(np.full((3, 3), 9, np.uint8), mask=np.eye(3)), np.array([[1, None]]), np.zeros((0, 3, 3), np.uint8),
+              np.full((5, 5, 2), 9, np.uint8), np.full((2, 2), np.nan), np.full((2, 2), -1), torch.full((3, 4, 4), 2.5), np.array([["a"]]), torch.nested.nested_tensor([torch.ones(2)]),
+              torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.quint8), [[1, 2], [3, 4]], "", "\0", b"", Path(""), Path("/"), np.zeros((70000, 1), np.uint8), Image.new("RGB", (70000, 1))]  # fmt: skip
     picked = things[random.integers(len(things))]
 
     def check():

@@ -26,6 +26,7 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 NOBODY = ("127.0.0.1", 9)  # where cases of addresses may knock: nothing listens there
 ADDRESS_SPACE = 12 * 2**30  # of a child; torch alone maps several
 SILENCE_S = 120  # of a child: a case that hangs
+START_S = 600  # of a child, until its imports are done
 
 _seen: list[tuple[str, str]] | None = None
 _folders: tuple[str, ...] = ()
@@ -61,9 +62,12 @@ def _look(event: str, args: tuple) -> None:
         if is_write and not isinstance(path, int):
             _check_place(event, path)
     elif event in CHANGES:
+        folder = args[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1  # an open one, or -1
         for path in args[: 2 if event in ("os.rename", "os.link") else 1]:
             if not isinstance(path, int):
-                _check_place(event, path)
+                _check_place(
+                    event, path if folder == -1 else os.path.join(f"/proc/self/fd/{folder}", os.fsdecode(path))
+                )
 
 
 def _check_place(event: str, path: Any) -> None:
@@ -88,6 +92,8 @@ def run_in_children(surface: str, seeds: range, silence_s: float = SILENCE_S) ->
     while start < seeds.stop:
         seed, reason = start, ("died", "before its first case")
         for message in _messages(surface, range(start, seeds.stop), silence_s):
+            if "ready" in message:
+                continue
             if "begin" in message:
                 seed, reason = message["begin"], ("died", "")
             elif "outcome" in message:
@@ -108,8 +114,10 @@ def _messages(surface: str, seeds: range, silence_s: float) -> Iterator[dict[str
         assert child.stdout is not None
         threading.Thread(target=_pass_on, args=(child.stdout, lines), daemon=True).start()
         try:
-            while line := lines.get(timeout=silence_s):
+            wait_s: float = START_S
+            while line := lines.get(timeout=wait_s):
                 yield json.loads(line)
+                wait_s = silence_s
             if code := child.wait():
                 errors.seek(0)
                 last = errors.read().decode(errors="replace").strip().splitlines()[-1:]

@@ -1,6 +1,9 @@
 """Cases for `PiscesProcessor`: conversations with typed control tokens, malformed ones, raw prompts, odd settings."""
 
+import base64
+import dataclasses
 import functools
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +80,19 @@ def cases(seed: int) -> Iterator[Case]:
 
 
 def make_case(random: Generator) -> Case:
-    makers = [typed_chat, typed_chat, typed_chat, malformed_chat, raw_prompt, raw_prompt]
+    makers = [
+        typed_chat,
+        typed_chat,
+        typed_chat,
+        malformed_chat,
+        raw_prompt,
+        raw_prompt,
+        same_rows,
+        same_rows,
+        odd_part,
+        odd_text,
+        decoded,
+    ]
     return makers[random.integers(len(makers))](random)
 
 
@@ -259,3 +274,159 @@ def _spoil(random: Generator, texts: list, pictures: list) -> tuple[Any, Any]:
     return texts, [np.zeros((1, 2, 3, 4, 5)), torch.ones(2, 3, 8, 8), {}, {"a": picture()}, iter(())][
         random.integers(5)
     ]
+
+
+# ---- the same thing said in several ways ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Message:
+    role: str
+    content: Any
+
+
+class Chat:
+    def __init__(self, messages: list):
+        self.messages = messages
+
+
+def _noisy(random: Generator) -> Image.Image:
+    return Image.fromarray(random.integers(0, 256, (*random.integers(5, 30, 2).tolist(), 3), dtype=np.uint8))
+
+
+def _form(random: Generator, image: Image.Image) -> Any:
+    """One picture as a user may have it."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    data = file.getvalue()
+    forms = [image, np.asarray(image), torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1), data, f"data:image/png;base64,{base64.b64encode(data).decode()}",
+             np.asarray(image).astype(np.float32) / 255]  # fmt: skip
+    return forms[random.integers(len(forms))]
+
+
+def same_rows(random: Generator) -> Case:
+    """Messages as dicts or objects, pictures in any form, alone or in a batch, as template and call or in one: all equal."""
+    processor = make_family(str(random.choice(list(FAMILIES))))
+    pictures = [[_noisy(random) for _ in range(random.integers(0, 3))] for _ in range(random.integers(1, 4))]
+    words = [str(random.choice(WORDS)) for _ in pictures]
+    drawn = [_noisy(random) if random.random() < 0.3 else None for _ in pictures]
+
+    def chat(
+        row: int, form=lambda image: image, message=lambda role, content: {"role": role, "content": content}
+    ) -> list:
+        content: list = [{"type": "image", "image": form(image)} for image in pictures[row]]
+        turns = [message("user", [*content, {"type": "text", "text": words[row]}])]
+        if drawn[row] is not None:
+            turns.append(message("assistant", [{"type": "image", "image": form(drawn[row])}]))
+        return turns
+
+    settings = {
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+        "add_generation_prompt": bool(random.random() < 0.5),
+    }
+    side, kind = str(random.choice(["left", "right"])), random.integers(4)
+
+    def check():
+        plain = [chat(row) for row in range(len(pictures))]
+        together = processor.apply_chat_template(plain, **settings, padding_side=side)
+        singles = [processor.apply_chat_template(one, **settings) for one in plain]
+        for row, single in enumerate(singles):
+            real = together["attention_mask"][row].bool()
+            if together["input_ids"][row][real].tolist() != single["input_ids"][0].tolist():
+                raise Wrong(f"row {row} is not what it is alone")
+        for key in ("pixel_values", "gen_pixel_values"):
+            own = [single[key] for single in singles if key in single]
+            if (key in together) != bool(own) or (own and not torch.equal(together[key], torch.cat(own))):
+                raise Wrong(f"{key} are not those of the rows alone")
+        if kind == 0:
+            other = processor.apply_chat_template([chat(row, lambda image: _form(random, image)) for row in range(len(pictures))], **settings, padding_side=side)  # fmt: skip
+        elif kind == 1:
+            other = processor.apply_chat_template([Chat(chat(row, message=Message)) for row in range(len(pictures))], **settings, padding_side=side)  # fmt: skip
+        elif kind == 2:
+            texts = processor.apply_chat_template(plain, add_generation_prompt=settings["add_generation_prompt"])
+            images = [list(row) for row in pictures]
+            gen_images = [[image] if image is not None else [] for image in drawn]
+            other = processor(text=texts, images=images if any(images) else None, gen_images=gen_images if any(gen_images) else None, return_tensors="pt", padding_side=side)  # fmt: skip
+        else:
+            other = processor.apply_chat_template(plain, **settings, padding_side=side, sanitize_control_tokens=True)
+        for key, value in together.items():
+            close = torch.allclose(value.float(), other[key].float(), atol=1e-5) if key in other and value.shape == other[key].shape else False  # fmt: skip
+            if not close:
+                raise Wrong(f"{key} differs said in way {kind}")
+
+    return Case(f"same rows {kind}", check, must=False)
+
+
+def odd_part(random: Generator) -> Case:
+    """A picture, or vectors of one, that is none, in a part of a message: refused, and named by row."""
+    processor = make_family("llama3")
+    vectors = torch.from_numpy(random.standard_normal((4, 12), dtype=np.float32))
+    poisoned = vectors.clone()
+    poisoned[1, 2] = float(random.choice([np.nan, np.inf]))
+    bad = ["x", 3, [], [1, 2], {}, b"", object(), vectors[:3], vectors[0], vectors.T, poisoned, vectors.long(), vectors.to(torch.complex64), vectors.to_sparse(), vectors.to("meta"),
+           np.array(["a"]), np.array([None]), vectors.bool()]  # fmt: skip
+    good = [vectors, vectors.numpy(), vectors.double(), vectors.half(), vectors.tolist()]
+    is_good = bool(random.random() < 0.3)
+    value = good[random.integers(len(good))] if is_good else bad[random.integers(len(bad))]
+    kind = str(random.choice(["image_vectors", "gen_image_vectors"]))
+
+    def check():
+        if kind == "image_vectors":
+            chat = [
+                {"role": "user", "content": "draw"},
+                {"role": "assistant", "content": [{"type": "image", "image_vectors": value}]},
+            ]
+            outputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        else:
+            outputs = processor(text="a <|gen_image|>", gen_image_vectors=[value], return_tensors="pt")
+        found = outputs["gen_image_vectors"]
+        if found.shape != (1, 4, 12) or not torch.isfinite(found).all() or not found.is_floating_point():
+            raise Wrong(f"vectors {found.dtype} {tuple(found.shape)}")
+        if not torch.allclose(found[0].float(), vectors, atol=1e-2):
+            raise Wrong("other vectors")
+
+    is_list = isinstance(value, list) and is_good
+    return Case(kind, check, must=None if is_list else not is_good)
+
+
+def odd_text(random: Generator) -> Case:
+    """Texts of unusual kind and size."""
+    processor = make_family("llama3")
+    base = str(random.choice(WORDS)) or "x"
+    long = (base * (200_000 // max(len(base), 1))) or "x"
+    texts: list[tuple[Any, bool | None]] = [
+        (np.str_("word"), None), ([np.str_("word")], None), (np.array(["a", "b"]), None), (torch.tensor([1]), True), (b"bytes", True), ((base, base), None), ({"text": "a"}, True), (3, True), ([], True),
+        ([[]], True), ([["a"]], True), ([None], True), ("", None), ("\0", False), ("\ufeff", False), ("a" * 131_000, False), ("a" * 140_000, True), (iter(["a"]), None), ({"a"}, None),
+        ("\U0010ffff" * 50, False), ("e\u0301" * 1000, False), ("\u202e abc", False), ("\r\n" * 100, False), (long, None), ("<|" * 20_000, False), ("<|image" * 5000, False), ("\ud800", True),
+    ]  # fmt: skip
+    text, must = texts[random.integers(len(texts))]
+
+    def check():
+        outputs = processor(text=text)
+        given = [text] if isinstance(text, str) else list(text)
+        for row, ids in zip(given, outputs["input_ids"], strict=True):
+            if processor.decode(ids, skip_special_tokens=True) != str(row):
+                raise Wrong("the ids decode to another text")
+
+    return Case("odd text", check, must)
+
+
+def decoded(random: Generator) -> Case:
+    """What `generate` cannot have returned, handed to what reads its outputs."""
+    processor = make_family("llama3")
+    values: list[Any] = [[1, 2], [-1], [-100, 5], [10**9], [2**70], [1.5], ["a"], None, 3, -1, "text", b"x", [[1, 2], [3]], [[-100]], [None], torch.tensor([1, 2]), torch.tensor([[1, 2]]), torch.tensor([[-100, 3]]),
+                         torch.tensor([0.5]), torch.zeros(1, 4, 12), torch.zeros(0), torch.zeros(2, 0, dtype=torch.long), np.array([1, 2]), np.array([[300]]), {"a": 1}, object(), [], [[]], torch.tensor(3)]  # fmt: skip
+    value = values[random.integers(len(values))]
+    calls = {
+        "decode": lambda: processor.decode(value),
+        "batch_decode": lambda: processor.batch_decode(value),
+        "post_process_image_text_to_text": lambda: processor.post_process_image_text_to_text(value),
+        "post_process_multimodal_output": lambda: processor.post_process_multimodal_output(
+            value, generation_mode=[None, "text", "image", "interleaved", "x", 3][random.integers(6)]
+        ),
+        "find_control_tokens": lambda: processor.find_control_tokens(value),
+    }
+    name = str(random.choice(list(calls)))
+    return Case(name, calls[name])

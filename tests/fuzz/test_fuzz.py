@@ -100,7 +100,7 @@ def test_a_seed_that_hangs_or_ends_its_child_is_reported_and_the_next_ones_still
     monkeypatch.setattr(
         subprocess, "Popen", lambda words, **options: start([sys.executable, "-c", CHILD, *words[3:]], **options)
     )
-    outcomes = [tuple(fields[:3]) for fields in run_in_children("odd", range(6), silence_s=12)]
+    outcomes = [tuple(fields[:3]) for fields in run_in_children("odd", range(6), silence_s=5)]
     assert [(seed, result) for seed, _, result in outcomes] == [
         (0, "right"), (1, "died"), (2, "hang"), (3, "right"), (4, "traceback"), (5, "right")
     ]  # fmt: skip

@@ -386,3 +386,20 @@ def test_a_lazily_opened_picture_is_judged_by_its_class_too(tmp_path):
     picture = Image.open(path)
     picture.format = None
     assert "EPS, not one of" in refusal(picture)
+
+
+# ---- found by `python -m tests.fuzz --surface images`
+
+
+def test_masked_values_of_an_array_are_not_shown_in_silence():
+    pixels = np.full((4, 5), 9, np.uint8)
+    masked = np.ma.masked_array(pixels, mask=np.eye(4, 5))
+    with pytest.raises(ValueError, match=r"array of shape \(4, 5\), uint8: 4 of its values are masked. Give what"):
+        load_image(masked)
+    assert load_image(np.ma.masked_array(pixels)).size == (5, 4)
+
+
+def test_a_tensor_whose_shape_cannot_be_said_is_refused():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(ValueError, match="cannot be read as numbers"):
+        load_image(nested)

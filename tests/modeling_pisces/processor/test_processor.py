@@ -614,3 +614,49 @@ def test_ordinary_use_warns_about_nothing(processor, caplog):
         prepare(processor, [user(image(), text("a"))], add_generation_prompt=True, generation_mode="image")
         processor(text="a <|image|><|gen_image|>", images=picture(), gen_images=picture(), return_tensors="pt")
     assert not caplog.records
+
+
+# ---- found by `python -m tests.fuzz --surface processor`
+
+
+@pytest.mark.parametrize(
+    ("vectors", "match"),
+    [
+        ("x", "gen_image_vectors 0: a str that holds no numbers"),
+        ({}, "gen_image_vectors 0: a dict that holds no numbers"),
+        (np.array([None]), "gen_image_vectors 0: a ndarray that holds no numbers"),
+        (torch.ones(4, 12).long(), "dtype torch.int64, .*; expected finite floats"),
+        (torch.full((4, 12), float("nan")), "or values that are not finite"),
+        (torch.ones(4, 12).to("meta"), "device meta"),
+        (torch.ones(4, 12).to_sparse(), "layout torch.sparse_coo"),
+    ],
+)
+@pytest.mark.parametrize("way", ["call", "chat"])
+def test_vectors_of_a_drawing_are_finite_floats(vectors, match, way):
+    processor = make_processor()
+    with pytest.raises(ValueError, match=match) as error:
+        if way == "call":
+            processor(text="a <|gen_image|>", gen_image_vectors=[vectors])
+        else:
+            part = {"type": "image", "image_vectors": vectors}
+            chat = [{"role": "user", "content": "draw"}, {"role": "assistant", "content": [part]}]
+            processor.apply_chat_template(chat, tokenize=True)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("ids", [[-100, 5], [2**70], ["a"], None, torch.tensor([[-100]]), object(), [1.5]])
+@pytest.mark.parametrize("name", ["decode", "batch_decode", "post_process_image_text_to_text"])
+def test_what_is_no_token_id_is_not_read_as_text(name, ids):
+    with pytest.raises(ValueError, match="no token ids that can be read as text .* Replace -100"):
+        getattr(make_processor(), name)(ids)
+
+
+@pytest.mark.parametrize("text", [None, 3, ["a"], b"x"])
+def test_control_tokens_are_looked_for_in_one_string(text):
+    with pytest.raises(ValueError, match="expected one string"):
+        make_processor().find_control_tokens(text)
+
+
+def test_a_framework_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="return_tensors='xx': expected one of pt, np"):
+        make_processor()(text="a", return_tensors="xx")
