@@ -120,7 +120,7 @@ def _print(entry: dict[str, Any], with_kinds: bool) -> None:
 
 def _child(surface: str, seeds: range) -> int:
     """Write what happens as lines of JSON; whatever else is printed goes to standard error."""
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", no_proxy="*")
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     sys.dont_write_bytecode = True

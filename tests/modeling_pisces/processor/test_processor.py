@@ -647,7 +647,7 @@ def test_vectors_of_a_drawing_are_finite_floats(vectors, match, way):
 @pytest.mark.parametrize("ids", [[-100, 5], [2**70], ["a"], None, torch.tensor([[-100]]), object(), [1.5]])
 @pytest.mark.parametrize("name", ["decode", "batch_decode", "post_process_image_text_to_text"])
 def test_what_is_no_token_id_is_not_read_as_text(name, ids):
-    with pytest.raises(ValueError, match="no token ids that can be read as text .* Replace -100"):
+    with pytest.raises(ValueError, match=r"no token ids that can be read as text .* Replace -100"):
         getattr(make_processor(), name)(ids)
 
 
