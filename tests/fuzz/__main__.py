@@ -75,7 +75,7 @@ def main() -> int:
 def summarize(surface: str, seeds: range, outcomes: Iterable[Outcome]) -> dict[str, Any]:
     """One entry of the results."""
     kinds: dict[str, Counter] = {}
-    noted, core_s, num_failures = [], 0.0, 0
+    noted, core_s, num_failures, commit = [], 0.0, 0, current_commit()
     for outcome in outcomes:
         kinds.setdefault(outcome.name, Counter())[outcome.result] += 1
         core_s += outcome.core_s
@@ -90,7 +90,7 @@ def summarize(surface: str, seeds: range, outcomes: Iterable[Outcome]) -> dict[s
         "outcomes": dict(totals),
         "seeds": f"{seeds.start}:{seeds.stop}",
         "core_s": round(core_s),
-        "commit": current_commit(),
+        "commit": commit,
         "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "pillow", "tokenizers")},
         "hardware": describe_hardware(),
         "command": f"python -m tests.fuzz --surface {surface} --seeds {seeds.start}:{seeds.stop}",
