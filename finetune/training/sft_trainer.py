@@ -8,7 +8,7 @@ before, by `finetune.training.adapters` or by hand.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from finetune.guard.loss_totals import LossTotals, count_targets
 from finetune.training.learning_rate import give_rows_their_rate
 from finetune.training.run_habits import RunHabits
 from finetune.training.sft_config import PiscesSFTConfig
+from finetune.training.start_margin import StartMargin
 
 
 class PiscesSFTTrainer(RunHabits, SFTTrainer):
@@ -86,6 +87,7 @@ class PiscesSFTTrainer(RunHabits, SFTTrainer):
             base.forward = forward
         # transformers before 5.19 does not know `loss_is_scaled_for_ga`, and reads this instead
         self.model_accepts_loss_kwargs: bool = True
+        self._start_margin = StartMargin(base) if StartMargin.is_needed(base) else None
         self._keep_sharded_sums_exact()
         self._window = self._new_totals()  # since the last log
         self._evaluation: LossTotals | None = None  # while an evaluation runs
@@ -118,12 +120,16 @@ class PiscesSFTTrainer(RunHabits, SFTTrainer):
         return self.accelerator.reduce(count_targets(batch_samples, self.model.config).to(device), "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs, use_cache=False, skip_logits=not return_outputs)
+        is_watched = self._start_margin is not None and num_items_in_batch is not None and "labels" in inputs
+        with self._start_margin.listening() if is_watched else nullcontext():
+            outputs = model(**inputs, use_cache=False, skip_logits=not return_outputs)
         counts = num_items_in_batch
         if counts is None:  # evaluation: this batch alone; `evaluation_loop` has the numbers of the whole set
             counts = torch.stack([outputs.num_text_tokens, outputs.num_image_vectors])
         counts = counts.clamp(min=1)
         loss = outputs.text_loss_sum / counts[0]
+        if is_watched:
+            loss = loss + self._start_margin.loss_sum(inputs["labels"]) / counts[0]
         if outputs.image_loss_sum is not None:
             loss = loss + self.model.config.image_loss_weight * outputs.image_loss_sum / counts[1]
         totals, num_rows = self._window, len(inputs["input_ids"])

@@ -8,6 +8,7 @@ from transformers import AutoModelForMultimodalLM
 
 from conversion.merge_adapter import merge_adapter
 from finetune.data.collator import PiscesDataCollator
+from finetune.training import start_margin
 from finetune.training.adapters import AdapterConfig, add_adapter
 from finetune.training.run_folder import store_adapter_in
 from tests.finetune.lora_fixtures import make_rows, make_trainer
@@ -70,6 +71,47 @@ def test_rows_are_never_slower_than_the_adapter_and_without_rows_nothing_changes
         trainer = make_trainer(model, make_rows("ud"), tmp_path, max_steps=1, learning_rate=0.5)
         trainer.create_optimizer()
         assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.5] * groups
+
+
+def start_excess(model, rows) -> torch.Tensor:
+    """How far `<|gen_start|>` stands above mean and deviation of the logits, where text is to be written."""
+    batch = PiscesDataCollator(make_processor())(rows)
+    targets = batch["labels"][:, 1:]
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits[:, :-1][..., :266]
+    is_text = (targets != -100) & ~torch.isin(targets, torch.tensor(NEW))
+    return (logits[..., 264] - logits.mean(-1) - logits.std(-1))[is_text]
+
+
+def test_gen_start_is_kept_far_from_text_and_still_opens_pictures(tmp_path, monkeypatch):
+    rows, found = make_rows("dt" * 4), {}
+    for weight in (0.1, 0.0):
+        monkeypatch.setattr(start_margin, "WEIGHT", weight)
+        model = adapted_model(tied=True)
+        trainer = make_trainer(model, rows, tmp_path, max_steps=30, per_device_train_batch_size=8)
+        trainer.train()
+        batch = PiscesDataCollator(make_processor())(make_rows("d"))
+        place = int((batch["labels"][0] == 264).nonzero()) - 1
+        with torch.no_grad():
+            opens = int(model.eval()(**batch).logits[0, place].argmax()) == 264
+        found[weight] = float(start_excess(model, rows).relu().mean()), opens
+    assert found[0.1][1] and found[0.0][1] and found[0.1][0] < 0.5 * found[0.0][0]
+
+
+def test_the_margin_counts_places_of_text_alone_and_only_where_gen_start_is_new(tmp_path):
+    model, rows = adapted_model(tied=False), make_rows("dtu")
+    margin, batch = start_margin.StartMargin(model.get_base_model()), PiscesDataCollator(make_processor())(rows)
+    with torch.no_grad(), margin.listening():
+        model.train()(**batch, skip_logits=True)
+    told = float(margin.loss_sum(batch["labels"]))
+    ends = batch["labels"][:, 1:] == 265  # <|gen_end|> is no text, but no place to open an image either
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits[:, :-1][..., :266]
+    at_ends = (logits[..., 264] - logits.mean(-1) - logits.std(-1))[ends].relu().sum()
+    assert told == pytest.approx(0.1 * float(start_excess(model, rows).relu().sum() + at_ends), rel=1e-4)
+    assert float(margin.loss_sum(batch["labels"])) == 0, "heard once, counted once"
+    plain = make_trainer(add_adapter(make_model(), PLAIN, SIDES), rows, tmp_path)
+    assert plain._start_margin is None
 
 
 def test_a_padding_row_has_no_gradient_under_an_adapter():
