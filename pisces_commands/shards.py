@@ -202,6 +202,10 @@ def _killed() -> CommandFailed:
 
 def _start_ray(workers: Workers) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not workers.address:
+        # read when Ray is imported; without it Ray 2.60 takes the machine's address where 127.0.0.1 is asked for
+        # (services.resolve_ip_for_localhost), and its ports can be reached from outside
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:

@@ -92,11 +92,14 @@ def test_ray_gives_the_bytes_of_one_process_also_when_a_worker_dies(tmp_path, ra
     assert tree(tmp_path / "ray.index") == tree(tmp_path / "one.index")
     assert ray.options["address"] == "local" and ray.options["include_dashboard"] is False
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"  # or Ray listens on the machine's address
 
 
-def test_ray_connects_to_the_cluster_that_is_named_and_sets_nothing_there(tmp_path, ray):
+def test_ray_connects_to_the_cluster_that_is_named_and_sets_nothing_there(tmp_path, ray, monkeypatch):
+    monkeypatch.delenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", raising=False)
     assert run(command(tmp_path, "ray", "--engine", "ray", "--address", "auto")) == 0
     assert ray.options["address"] == "auto" and "num_cpus" not in ray.options
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
 
 
 def test_a_ray_task_that_dies_again_and_again_ends_with_a_sentence(tmp_path, ray, capsys):
