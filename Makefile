@@ -58,7 +58,7 @@ web: .venv-web/.installed ## the page in the browser: chat, draw, edit, an adapt
 		$(if $(PORT),--port $(PORT))
 
 test-web: .venv-web/.installed ## the page used in a browser, with chromium of the system or of playwright; screenshots into docs/
-	@.venv-web/bin/python -m pytest -q -rs -p no:cacheprovider tests/demo
+	@.venv-web/bin/python -m pytest -q -rs -p no:cacheprovider --timeout 900 tests/demo
 
 # gradio 6 needs pillow < 13, the tested set has a newer one
 .venv-web/.installed: pyproject.toml constraints.txt
