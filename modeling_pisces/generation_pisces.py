@@ -484,9 +484,9 @@ class PiscesGenerationMixin(GenerationMixin):
         scores = logits_processor(input_ids, allowed)
         scores[:, closed] = -float("inf")
         check_scores(scores, writes)
-        scores = scores.masked_fill(~writes.unsqueeze(1), 0.0)  # the others need no token, and may have no scores
         if generation_config.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+            # other rows need no token, and may have no scores to draw one from
+            tokens = torch.multinomial(scores.masked_fill(~writes.unsqueeze(1), 0.0).softmax(-1), 1).squeeze(1)
         else:
             tokens = scores.argmax(-1)
         tokens = tokens.masked_fill(left > 0, config.gen_image_token_id).masked_fill(

@@ -265,6 +265,8 @@ def check_logits_to_keep(keep: Any, tokens: int):
     Raises:
         ValueError: names the value.
     """
+    if is_tracing():
+        return
     if isinstance(keep, torch.Tensor) and keep.ndim == 1 and is_whole(keep.dtype):
         if not _is_checked(keep, False) or not bool(((keep < -tokens) | (keep >= tokens)).any()):
             return
@@ -331,7 +333,7 @@ def check_forward_inputs(
     if input_ids is not None:
         check_ids("input_ids", input_ids, num_ids(embed, config))
     check_vectors("inputs_embeds", inputs_embeds, width=config.text_config.hidden_size)
-    if inputs_embeds is not None:
+    if inputs_embeds is not None and _is_checked(inputs_embeds, False):
         _check_dtype(inputs_embeds, embed)
     name, inputs = ("inputs_embeds", inputs_embeds) if input_ids is None else ("input_ids", input_ids)
     if 0 in inputs.shape:
@@ -353,7 +355,7 @@ def check_forward_inputs(
 def _check_dtype(embeds: torch.Tensor, embed: nn.Module):
     """Embeddings of the model's own dtype: layers take no other, unless autocast brings both together."""
     dtype = getattr(getattr(embed, "weight", None), "dtype", embeds.dtype)
-    is_cast = not is_tracing() and torch.is_autocast_enabled(embeds.device.type)
+    is_cast = torch.is_autocast_enabled(embeds.device.type)
     if dtype.is_floating_point and dtype.itemsize > 1 and embeds.dtype != dtype and not is_cast:
         raise ValueError(
             f"inputs_embeds has the dtype {embeds.dtype} and the model {dtype}. Pass inputs_embeds.to(model.dtype)."
