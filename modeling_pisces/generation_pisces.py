@@ -149,9 +149,10 @@ class PiscesGenerationMixin(GenerationMixin):
         if mode not in GENERATION_MODES:
             raise ValueError(f"generation_mode {mode!r} is not known. Choose one of {', '.join(GENERATION_MODES)}.")
         check_generation_config(kwargs["generation_config"])
+        if mode != "text":  # what drawing does not follow at all is told first
+            self._check_drawing_options(mode, kwargs)
         check_option_values(kwargs)
         if mode != "text":
-            self._check_drawing_options(mode, kwargs)
             self._set_image_temperature(kwargs)
         elif option_value("assistant_early_exit", kwargs, self.generation_config) is not None:
             raise ValueError(
@@ -195,7 +196,7 @@ class PiscesGenerationMixin(GenerationMixin):
     def _check_drawing_options(self, mode: str, kwargs: dict):
         self.model._require_generation("drawing")
         num_beams = option_value("num_beams", kwargs, self.generation_config) or 1
-        if num_beams > 1:
+        if isinstance(num_beams, int) and num_beams > 1:
             raise ValueError(f"num_beams is {num_beams}, but vectors cannot be searched with beams. Leave it at 1.")
         check_drawing_options(mode, kwargs, self.generation_config)
         if self.model.gen_head.is_stochastic:

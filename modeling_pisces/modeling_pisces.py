@@ -539,7 +539,7 @@ def _build_gen_vision_tower(config) -> PreTrainedModel:
 
 def _check_size(pixels: torch.Tensor, config, name: str, argument: str):
     side, channels = config.image_size, getattr(config, "num_channels", 3)
-    if pixels.ndim != 4 or pixels.shape[1:] != (channels, side, side):
+    if pixels.ndim != 4 or pixels.shape[1:] != (channels, side, side) or len(pixels) == 0:
         raise ValueError(
             f"{name} has the shape {tuple(pixels.shape)}, but the tower takes (images, {channels}, {side}, {side}). "
             f"Prepare them with PiscesProcessor({argument}=...)."

@@ -226,7 +226,7 @@ SETTINGS: list[tuple[str, Any, bool | None]] = [
     *(("labels", value, True) for value in ("x", 3, [[1]], {}, object())),
     *(("shift_labels", value, True) for value in ("x", 3, [[1]], torch.tensor([[1]]), object())),
     *(("skip_logits", value, None) for value in ("x", 0, 1)),
-    *(("gen_image_vectors", value, True) for value in ("x", [], torch.zeros(0, r.M, r.DG), torch.zeros(1, r.M, r.DG), 3)),
+    *(("gen_image_vectors", value, True) for value in ("x", [], torch.zeros(1, r.M, r.DG), 3)),
     *(("pixel_values", value, True) for value in ("x", [], torch.zeros(1, 3, r.SIDE, r.SIDE), 3, torch.zeros(3, r.SIDE, r.SIDE))),
     *(("attention_mask", value, True) for value in ("x", [], 3, torch.ones(1), torch.ones(1, 1, 1, 1, 1), torch.ones(7, 1, 3, 3), object())),
     *(("output_hidden_states", value, None) for value in (True, "x")),

@@ -2,10 +2,12 @@
 
 import base64
 import io
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -326,7 +328,8 @@ def name(random: Generator) -> Case:
         text = odd[random.integers(4)] if random.random() < 0.3 else "http://127.0.0.1:9/" + text[7:].replace("@", "")
 
     def check():
-        load_image(text)
+        with mock.patch.dict(os.environ, http_proxy="", https_proxy="", no_proxy="*"):
+            load_image(text)
         raise Wrong("a picture where there is none")
 
     return Case("name", check, must=True)

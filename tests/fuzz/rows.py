@@ -231,7 +231,7 @@ def other_masks(random: Generator, value: torch.Tensor) -> list[Spoiled]:
     for odd in (2, -1, 0.5, float("nan"), float("inf"), -1e4):
         wrong = value.float() if isinstance(odd, float) else value.clone()
         wrong.view(-1)[random.integers(value.numel())] = odd
-        found.append(Spoiled(f"value {odd}", wrong, True))
+        found.append(Spoiled(f"value {odd}", wrong, None if wrong.dtype == torch.bool else True))
     return [*found, Spoiled("complex", value.to(torch.complex64), True)]
 
 

@@ -259,6 +259,7 @@ def test_methods_that_encode_pictures_refuse_what_gives_no_finite_vectors(name):
         (pixels(1, side).long(), "expected floats"),
         (pixels(1, side).to("meta"), "device meta"),
         (pixels(1, side).to_sparse(), "dense"),
+        (pixels(0, side), r"has the shape \(0, 3, "),
     ):
         with pytest.raises(ValueError, match=match):
             encode(given)
