@@ -120,16 +120,17 @@ class PiscesSFTTrainer(RunHabits, SFTTrainer):
         return self.accelerator.reduce(count_targets(batch_samples, self.model.config).to(device), "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        is_watched = self._start_margin is not None and num_items_in_batch is not None and "labels" in inputs
-        with self._start_margin.listening() if is_watched else nullcontext():
+        is_training = num_items_in_batch is not None and "labels" in inputs
+        margin = self._start_margin if is_training else None
+        with nullcontext() if margin is None else margin.listening():
             outputs = model(**inputs, use_cache=False, skip_logits=not return_outputs)
         counts = num_items_in_batch
         if counts is None:  # evaluation: this batch alone; `evaluation_loop` has the numbers of the whole set
             counts = torch.stack([outputs.num_text_tokens, outputs.num_image_vectors])
         counts = counts.clamp(min=1)
         loss = outputs.text_loss_sum / counts[0]
-        if is_watched:
-            loss = loss + self._start_margin.loss_sum(inputs["labels"]) / counts[0]
+        if margin is not None:
+            loss = loss + margin.loss_sum(inputs["labels"]) / counts[0]
         if outputs.image_loss_sum is not None:
             loss = loss + self.model.config.image_loss_weight * outputs.image_loss_sum / counts[1]
         totals, num_rows = self._window, len(inputs["input_ids"])
