@@ -50,7 +50,7 @@ def write_look(scenes: Path, folder: Path, first: int, number: int) -> None:
             name = Path(record["image"]).stem
             with Image.open(scenes / record["image"]) as picture:
                 ink(picture).save(partial / f"{name}.png")
-            (partial / f"{name}.txt").write_text(record["captions"][-1], encoding="utf-8")
+            write_whole(partial / f"{name}.txt", record["captions"][-1])
 
 
 def run(words: list[str], done: Path) -> float:
