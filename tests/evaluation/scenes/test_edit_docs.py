@@ -68,4 +68,30 @@ def test_the_table_says_what_the_results_file_says():
         cells = [cell(results[way]["groups"][group]) for group in ("single", "two", "chained", "no_change")]
         assert f"| {name} | {' | '.join(cells)} |" in TEXT, f"| {name} | {' | '.join(cells)} |"
     counts = [results["edit"]["groups"][group]["both"]["n"] for group in ("single", "two", "chained", "no_change")]
-    assert counts == [120, 15, 15, 30]
+    assert counts == [160, 20, 20, 40]
+
+
+def test_what_training_brought_and_cost_is_what_the_results_files_say():
+    trained, scenes, before = (
+        json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("edits-trained", "edits-trained-scenes", "pisces-tiny")
+    )
+    assert trained["settings"]["weights"] == scenes["settings"]["weights"] != before["settings"]["weights"]
+    assert scenes["settings"]["data_sha256"] == before["settings"]["data_sha256"]
+    for name, way in (("trained", "edit"), ("trained, redraw", "redraw"), ("trained, shift", "shift")):
+        cells = [cell(trained[way]["groups"][group]) for group in ("single", "two", "chained", "no_change")]
+        assert f"| {name} | {' | '.join(cells)} |" in TEXT
+    for words, part in (
+        ("drawing, everything right", "drawing_prompt"),
+        ("drawing in other words", "drawing_paraphrase"),
+        ("its own drawing described", "interleaved"),
+    ):
+        assert f"| {words} | {before[part]['overall']:.3f} | {scenes[part]['overall']:.3f} |" in TEXT
+    for words, part in (
+        ("questions", "understanding_question"),
+        ("questions in other words", "understanding_paraphrase"),
+    ):
+        old, new = (results[part]["overall"]["value"] for results in (before, scenes))
+        assert f"| {words} | {old:.3f} | {new:.3f} |" in TEXT
+    lost = trained["edit_minus"]["redraw"]["both"]
+    assert f"{lost['value']:+.2f} on both ({lost['low']:+.2f} to {lost['high']:+.2f})" in TEXT
