@@ -36,13 +36,13 @@ from .generation_options_pisces import (
     check_drawn,
     check_inputs,
     check_number,
+    check_option_values,
     check_scores,
     check_streamer,
     option_value,
     padded_on_the_left,
     set_guidance,
 )
-from .generation_values_pisces import check_option_values
 from .placeholders_pisces import CACHE_NAME, CACHE_NAMES, placeholder_mask
 
 

@@ -86,7 +86,7 @@ EDIT_WAYS = {
     "edit": "**the model**",
     "copy": "the source as it is",
     "redraw": "described and drawn again",
-    "shift": "the source's vectors, moved by what that changes",
+    "shift": "vectors moved by the change",
 }
 
 
