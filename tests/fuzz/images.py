@@ -324,7 +324,7 @@ def name(random: Generator) -> Case:
               "[::1", "127.0.0.1:9", "127.0.0.1:99999", "@", "?", "#", "%zz", "\x1b[31m", "\u202e", "x" * 300, "a.png", "AAAA", "=", ":", "/dev/zero", "\U0001f600"]  # fmt: skip
     text = "".join(pieces[i] for i in random.integers(0, len(pieces), random.integers(0, 5)))
     if text.lower().startswith("http"):  # nothing is called but this machine
-        odd = ["http://[::1", "http://127.0.0.1:99999/a.png", "http://", "HTTP://127.0.0.1:9"]
+        odd = ["http://[::1", "http://127.0.0.1:x/a.png", "http://", "HTTP://127.0.0.1:9"]
         text = odd[random.integers(4)] if random.random() < 0.3 else "http://127.0.0.1:9/" + text[7:].replace("@", "")
 
     def check():
