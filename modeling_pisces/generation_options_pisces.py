@@ -318,7 +318,7 @@ def check_inputs(model, mode: str, kwargs: dict) -> None:
     mask, cache = kwargs.get("attention_mask"), _given_cache(kwargs)
     check_cache(cache)
     check_mask_shape(mask, *prompt.shape[:2], cache is not None, layer_types_of(model.config))
-    check_positions(kwargs.get("position_ids"), *prompt.shape[:2])
+    check_positions(kwargs.get("position_ids"), *prompt.shape[:2], mask)
     check_mask(mask, ends_real=mode != "image" or ids is None)
     if (copies := option_value("num_return_sequences", kwargs, model.generation_config)) is not None:
         check_number("num_return_sequences", copies, whole=True, least=1)

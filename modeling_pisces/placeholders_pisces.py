@@ -218,11 +218,12 @@ def check_mask_shape(mask: Any, rows: int, tokens: int, has_past: bool, layer_ty
         )
 
 
-def check_positions(positions: Any, rows: int, tokens: int):
-    """Refuse positions that do not belong to the inputs, and negative ones.
+def check_positions(positions: Any, rows: int, tokens: int, mask: Any = None):
+    """Refuse positions that do not belong to the inputs, and negative ones of real tokens.
 
     Args:
         positions: (1 or B, T), or (kinds, B, T) for multimodal rotary embeddings, or None.
+        mask: (B, past + T), whose zeros excuse what `mask.cumsum(-1) - 1` says at padding; or None.
 
     Raises:
         ValueError: names what was found.
@@ -240,10 +241,15 @@ def check_positions(positions: Any, rows: int, tokens: int):
             f"position_ids has the shape {shape} and the dtype {positions.dtype}; expected whole numbers of the shape "
             f"{(rows, tokens)} (rows, tokens). Leave them out where positions simply count up."
         )
-    if _is_checked(positions, False) and bool((positions < 0).any()):
+    if not _is_checked(positions, False):
+        return
+    negative = positions < 0
+    if is_row_mask(mask) and mask.shape == (rows, mask.shape[-1]) and mask.shape[-1] >= tokens:
+        negative = negative & (mask[:, -tokens:] != 0).to(negative.device)
+    if bool(negative.any()):
         raise ValueError(
-            f"position_ids holds {int(positions.min())}; expected positions from 0. Write 0 at padding, as "
-            "(attention_mask.cumsum(-1) - 1).clamp(min=0) does."
+            f"position_ids holds {int(positions[negative].min())}; expected positions from 0. Count the real "
+            "tokens, as (attention_mask.cumsum(-1) - 1).clamp(min=0) does."
         )
 
 
@@ -347,7 +353,7 @@ def check_forward_inputs(
     rows, tokens = inputs.shape[:2]
     check_cache(cache)
     check_mask_shape(mask, rows, tokens, cache is not None, layer_types_of(config))
-    check_positions(others["position_ids"], rows, tokens)
+    check_positions(others["position_ids"], rows, tokens, mask)
     if is_row_mask(mask) and _is_checked(mask, False):
         check_mask_values(mask)
 

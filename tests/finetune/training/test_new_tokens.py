@@ -11,6 +11,7 @@ from finetune.data.collator import PiscesDataCollator
 from finetune.training import start_margin
 from finetune.training.adapters import AdapterConfig, add_adapter
 from finetune.training.run_folder import store_adapter_in
+from modeling_pisces import modeling_pisces
 from tests.finetune.lora_fixtures import make_rows, make_trainer
 from tests.fixtures import make_model, make_processor
 
@@ -112,6 +113,23 @@ def test_the_margin_counts_places_of_text_alone_and_only_where_gen_start_is_new(
     assert float(margin.loss_sum(batch["labels"])) == 0, "heard once, counted once"
     plain = make_trainer(add_adapter(make_model(), PLAIN, SIDES), rows, tmp_path)
     assert plain._start_margin is None
+
+
+def test_the_margin_hears_a_loss_that_is_computed_in_parts(monkeypatch):
+    model, batch = adapted_model(tied=False), PiscesDataCollator(make_processor())(make_rows("dtu"))
+    found = []
+    for tokens_at_once in (10_000, 3):
+        monkeypatch.setattr(modeling_pisces, "_MAX_LOGITS", tokens_at_once * model.config.text_config.vocab_size)
+        margin = start_margin.StartMargin(model.get_base_model())
+        model.zero_grad(set_to_none=True)
+        with margin.listening():
+            loss = model.eval()(**batch, skip_logits=True).loss
+        told = margin.loss_sum(batch["labels"])
+        (loss + told).backward()
+        gradients = [weight.grad.norm() for weight in model.parameters() if weight.grad is not None]
+        found.append((float(told.detach()), gradients))
+    assert found[0][0] > 0 and found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-6)
 
 
 def test_a_padding_row_has_no_gradient_under_an_adapter():

@@ -205,6 +205,17 @@ def test_positions_that_do_not_belong_to_the_inputs_are_refused(positions, match
         make_model()(input_ids=IDS, position_ids=positions)
 
 
+def test_positions_counted_through_padding_may_start_below_zero():
+    model, mask = make_model().eval(), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    counted = mask.cumsum(-1) - 1
+    with torch.no_grad():
+        raw, clamped = (
+            model(input_ids=IDS, attention_mask=mask, position_ids=positions).logits
+            for positions in (counted, counted.clamp(min=0))
+        )
+    torch.testing.assert_close(raw[mask.bool()], clamped[mask.bool()])
+
+
 @pytest.mark.parametrize("keep", [-1, "x", 2.5, True, [0], torch.tensor([4]), torch.tensor([-5]), torch.tensor([0.0])])
 def test_a_choice_of_logits_that_no_position_has_is_refused(keep):
     with pytest.raises(ValueError, match=r"logits_to_keep is .* expected how many of the last positions"):
