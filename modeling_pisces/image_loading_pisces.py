@@ -15,6 +15,7 @@ import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from pathlib import Path
@@ -174,6 +175,7 @@ def _read_url(url: str, name: str) -> bytes:
             raise ValueError(f"{name}: only base64 data URLs are read. Write data:image/png;base64,<data>.")
         return decode_base64(payload, name)
     try:
+        _ = urllib.parse.urlsplit(url).port  # raises beyond 65535, which a socket would wrap to another port
         with _web_opener().open(url, timeout=URL_TIMEOUT_S) as response:
             data = _read_body(response)
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError, InvalidURL the last

@@ -280,6 +280,11 @@ def test_redirects_lead_to_the_web_only(server, tmp_path):
         assert "could not be downloaded" in refusal(f"{server}/to/{target}")
 
 
+def test_a_port_that_would_wrap_to_another_one_is_refused(server):
+    address, port = server.rsplit(":", 1)
+    assert "Port out of range" in refusal(f"{address}:{int(port) + 65536}//picture")
+
+
 def test_a_download_that_is_too_large_or_breaks_off_or_never_ends_is_refused(server, monkeypatch):
     assert "could not be downloaded" in refusal(f"{server}/short")
     monkeypatch.setattr(image_loading_pisces, "URL_MAX_BYTES", 1000)
