@@ -28,6 +28,7 @@ from PIL import Image
 from modeling_pisces.checkpoint.loading import load_model, quiet_libraries
 from modeling_pisces.console.embedding import DEFAULT_KIND, KINDS, POOLS, embed_images, embed_texts
 from modeling_pisces.console.search_index import SearchIndex, has_usearch, search_exact, write_index
+from modeling_pisces.image_loading_pisces import load_image
 from pisces_commands.arguments import COUNT, LineParser
 from pisces_commands.ending import one_line_ending
 from pisces_commands.measurement import current_command, current_commit, describe_hardware, wilson_interval
@@ -119,9 +120,8 @@ class _Finder:
 
 def _jpeg(file: Path, quality: int) -> Image.Image:
     content = io.BytesIO()
-    with Image.open(file) as picture:
-        picture.convert("RGB").save(content, "JPEG", quality=quality)
-    return Image.open(io.BytesIO(content.getvalue()))
+    load_image(file).save(content, "JPEG", quality=quality)
+    return load_image(content.getvalue())
 
 
 def _nearest(index: NDArray, queries: NDArray[np.float32]) -> NDArray[np.int64]:
