@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
+from modeling_pisces.image_loading_pisces import load_image
 from pisces_commands.arguments import COUNT, LineParser
 from pisces_commands.ending import run_command
 from pisces_commands.measurement import write_result
@@ -48,8 +49,7 @@ def write_look(scenes: Path, folder: Path, first: int, number: int) -> None:
     with whole_folder(folder, sync=False) as partial:
         for record in map(json.loads, lines):
             name = Path(record["image"]).stem
-            with Image.open(scenes / record["image"]) as picture:
-                ink(picture).save(partial / f"{name}.png")
+            ink(load_image(scenes / record["image"])).save(partial / f"{name}.png")
             write_whole(partial / f"{name}.txt", record["captions"][-1])
 
 

@@ -1,7 +1,6 @@
 """Questions to a server with the answers of the same functions called directly, without any code of the server's."""
 
 import base64
-import io
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 
 from modeling_pisces.console.commands import answer_question
 from modeling_pisces.console.embedding import embed_images, embed_texts
+from modeling_pisces.image_loading_pisces import load_image
 
 
 PROMPTS = (
@@ -84,7 +84,7 @@ def _edit(pipeline: Any, name: str, path: Path, words: str, seed: int) -> Case:
 
 def _chat(pipeline: Any, name: str, path: Path, question: str, streamed: bool) -> Case:
     model, processor = pipeline.vision_language_model, pipeline.processor
-    expected = answer_question(model, processor, Image.open(path), question)
+    expected = answer_question(model, processor, load_image(path), question)
     shown = {"type": "image_url", "image_url": {"url": _data_url(path)}}
     messages = [{"role": "user", "content": [shown, {"type": "text", "text": question}]}]
 
@@ -160,7 +160,7 @@ def _data_url(path: Path) -> str:
 
 
 def _opened(b64: str) -> Any:
-    return _pixels(Image.open(io.BytesIO(base64.b64decode(b64))))
+    return _pixels(load_image(base64.b64decode(b64)))
 
 
 def _pixels(image: Image.Image) -> Any:
