@@ -273,12 +273,13 @@ def ask_about_edits(
     """Whether each result of a first turn is described right in the next one, by kind (`describe_results`)."""
     kept = kept or KeptBatches()
 
-    def work(chunk: list[dict[str, Any]]) -> list[bool]:
-        return describe_results(pipeline, [load_image(data / row["image"]) for row in chunk], chunk, world, seed=0)
+    def work(chunk: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        sources = [load_image(data / row["image"]) for row in chunk]
+        return [{"right": value} for value in describe_results(pipeline, sources, chunk, world, seed=0)]
 
     outcomes: Outcomes = defaultdict(list)
-    for row, is_right in kept.run("edits (described)", rows, batch_size, work):
-        outcomes[row["kind"]].append(is_right)
+    for row, answer in kept.run("edits (described)", rows, batch_size, work):
+        outcomes[row["kind"]].append(answer["right"])
     return outcomes
 
 

@@ -296,8 +296,8 @@ def _messages_of(fields: _Fields, shape: str, unused: Counter, row_id: str) -> M
         asked, answer = _text(fields.take("question"), "question"), _answer(fields.take("answer"))
         messages = exchange([text_part(asked)], [text_part(answer)])
     elif shape == "instruction":
-        asked = [_text(fields.take("instruction"), "instruction"), fields.take("input") or ""]
-        words = "\n".join(_text(text, "input") for text in asked if text)
+        texts = [_text(fields.take("instruction"), "instruction"), fields.take("input") or ""]
+        words = "\n".join(_text(text, "input") for text in texts if text)
         messages = exchange([text_part(words)], [text_part(_text(fields.take("output"), "output"))])
     elif shape == "completion":
         _refuse_kto(fields.record)

@@ -279,8 +279,8 @@ class _Collection:
         pictures = [part["image"] for _, part in iter_pictures(item)]
         if instructions := edits_of(item):
             places = [self._place(picture, item["id"]) for picture in pictures]
-            turns = [{"instruction": text, "picture": at} for text, at in zip(instructions, places[1:], strict=True)]
-            self.records[places[0]].setdefault("edits", []).append(turns)
+            edits = [{"instruction": text, "picture": at} for text, at in zip(instructions, places[1:], strict=True)]
+            self.records[places[0]].setdefault("edits", []).append(edits)
             return
         if len(pictures) != 1:
             self.left_out[SEVERAL if pictures else NO_PICTURE] += 1
