@@ -95,3 +95,15 @@ def test_what_training_brought_and_cost_is_what_the_results_files_say():
         assert f"| {words} | {old:.3f} | {new:.3f} |" in TEXT
     lost = trained["edit_minus"]["redraw"]["both"]
     assert f"{lost['value']:+.2f} on both ({lost['low']:+.2f} to {lost['high']:+.2f})" in TEXT
+
+
+def test_what_an_adapter_learned_is_what_its_results_file_says():
+    results = json.loads((ROOT / "results/edits-everything.json").read_text(encoding="utf-8"))
+    trained = json.loads((ROOT / "results/edits-trained.json").read_text(encoding="utf-8"))
+    assert results["settings"]["weights"] == trained["settings"]["weights"] and len(results["adapters"]) == 1
+    both, kept, redraw = (
+        results[way]["scores"][name] for way, name in (("edit", "both"), ("edit", "kept"), ("redraw", "both"))
+    )
+    assert both["n"] == 120
+    assert f"**{both['value']:.2f}** right ({both['low']:.2f} to {both['high']:.2f}), {kept['value']:.2f} with" in TEXT
+    assert f"`redraw` has {redraw['value']:.2f} there" in TEXT
