@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# pisces-tiny from nothing: scenes, stage 0, the three stages, edits, the finished folder, its score. See docs/tiny.md.
+# pisces-tiny from nothing: scenes, stage 0, the three stages, the finished folder, its score. See docs/tiny.md.
 # The commands are those that finetune.from_scratch runs on anybody's pictures; here two of them run at a time, the
 # towers and the decoder see more shades than the stages, and the understanding tower learns from the scenes' truth.
 #
-#   bash finetune/tiny/tiny.sh [WORK]      WORK defaults to runs/tiny; about 5.5 hours on two processor cores
+#   bash finetune/tiny/tiny.sh [WORK]      WORK defaults to runs/tiny; about 4.5 hours on two processor cores
 #
 # EDITS=true trains on with scene edits after the review, which the shipped folder is not: docs/edit.md says why.
 # Each step is skipped when its result is there, and resumes from its last checkpoint when it was stopped: run it again.
