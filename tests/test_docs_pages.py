@@ -45,6 +45,13 @@ def test_modules_that_a_page_starts_are_there(page):
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), f"{page.name}: python -m {name}"
 
 
+def test_the_tests_that_pages_name_as_examples_are_there():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")):
+            assert f"def {name}(" in sources, f"{page.name}: {name}"
+
+
 def rows_of_the_way_in(name):
     """The rows of the table that says where to start: what is added, and the file."""
     table = read(name).split("| to add or change | start in |\n|---|---|\n")[1].split("\n\n")[0]
