@@ -261,6 +261,8 @@ def held_output(output: str | os.PathLike) -> Iterator[None]:
     partial = output.with_name(f".{output.name}.held.partial")
     with ExitStack() as stack:
         with suppress(WriteError):
+            if not output.parent.is_dir():  # the lock of a system without fcntl would make it
+                raise WriteError(f"{output.parent} is not there.")
             stack.enter_context(_held(partial, output))
             stack.callback(shutil.rmtree, partial, ignore_errors=True)
         yield

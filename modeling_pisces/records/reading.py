@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..image_loading_pisces import PICTURE_SUFFIXES
+from .json_values import parse_json
 from .parquet import BrokenTable, open_parquet
 from .places import MAX_FILE_BYTES, BadPlace, locate, read_bytes
 from .shapes import Sample, to_sample
@@ -121,7 +122,7 @@ def _merge(key: str, place: str, members: list[tuple[str, str, bytes | ValueErro
             if name.lower().endswith(".txt"):
                 record["caption"] = content.decode("utf-8-sig").strip()
             elif name.lower().endswith(".json"):
-                record |= json.loads(content.decode("utf-8-sig"))
+                record |= parse_json(content)
             else:
                 pictures.append(content)
                 names.append(name)

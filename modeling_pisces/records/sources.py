@@ -17,6 +17,7 @@ from typing import Any
 from pisces_commands.writing import write_json, write_whole
 
 from ..image_loading_pisces import PICTURE_SUFFIXES
+from .json_values import parse_json, read_array
 from .parquet import open_parquet
 from .places import BadPlace, locate, read_bytes
 from .shapes import IMAGE_FIELDS
@@ -225,21 +226,21 @@ def _read_lines(file: Path) -> Iterator[tuple[int, Any]]:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(line)
+    except ValueError as error:
         return ValueError(f"not a JSON object in UTF-8 ({' '.join(str(error).split())[:120]})")
 
 
 def _read_array(file: Path) -> Iterator[tuple[int, Any]]:
+    """Element by element: one that cannot be used costs itself, a syntax error what follows it."""
     try:
-        records = json.loads(read_bytes(str(file)).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        text = read_bytes(str(file)).decode("utf-8-sig")
+        for number, (_, value) in enumerate(read_array(text), start=1):
+            yield number, value
+    except ValueError as error:
         raise ValueError(
             f"{file}: not JSON ({' '.join(str(error).split())[:120]}). Expected a list of records."
         ) from None
-    if not isinstance(records, list):
-        raise ValueError(f"{file}: found {type(records).__name__}, expected a list of records.")
-    yield from enumerate(records, start=1)
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:

@@ -1,100 +1,29 @@
-"""JSON of people one does not know: a value that cannot be used costs one record, never the whole source.
+"""JSON of training data: `modeling_pisces.records.json_values`, with what cannot be used as a `DataError`."""
 
-The json module raises other errors than its own for an integer of 5,000 digits or 5,000 brackets, keeps the last of
-two equal keys without a word, and does not say where a value ends that it gave up on. `readers.files` and
-`readers.shards` read all their JSON here.
-"""
-
-import json
-import re
-from functools import partial
 from typing import Any
 
 from finetune.data.schema import DataError
-
-
-MAX_DEPTH = 100  # brackets inside brackets; a row has six, and json gives up at several hundred
-MAX_DIGITS = 1000  # of an integer; Python refuses to print one of 4,300
-
-_BLANK = re.compile(r"[ \t\n\r]*")
-# a string that never closes takes the rest: tried again from each quote, it would cost its length squared
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+from modeling_pisces.records import json_values
+from modeling_pisces.records.json_values import BadValue, skip_blank
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a UTF-8 text that holds one.
+    """As `json_values.parse_json`.
 
     Raises:
-        ValueError: not UTF-8 (`UnicodeDecodeError`), not JSON (`json.JSONDecodeError`), or a value that cannot be used
-            (`DataError`).
+        DataError: the value cannot be used.
+        ValueError: not UTF-8 (`UnicodeDecodeError`), or not JSON (`json.JSONDecodeError`).
     """
-    text = content.decode("utf-8-sig")
-    value, end = parse_value(text, skip_blank(text, 0))
-    if isinstance(value, DataError):
-        raise value
-    if (end := skip_blank(text, end)) != len(text):
-        raise json.JSONDecodeError("Extra data", text, end)
-    return value
+    try:
+        return json_values.parse_json(content)
+    except BadValue as error:
+        raise DataError(str(error)) from None
 
 
 def parse_value(text: str, position: int) -> tuple[Any, int]:
-    """The value that begins at `position` and where it ends; one that cannot be used comes as a `DataError`.
-
-    Raises:
-        json.JSONDecodeError: at a syntax error, after which no end is known.
-    """
-    faults: list[str] = []
-    decoder = json.JSONDecoder(object_pairs_hook=partial(_object, faults), parse_int=partial(_integer, faults))
-    try:
-        value, end = decoder.raw_decode(text, position)
-    except RecursionError:
-        return _too_deep(), _end_of(text, position)
-    if faults:
-        return DataError(faults[0]), end
-    if text.count("[", position, end) + text.count("{", position, end) > MAX_DEPTH and _is_deep(value):
-        return _too_deep(), end
-    return value, end
+    """As `json_values.parse_value`; a value that cannot be used comes as a `DataError`."""
+    value, end = json_values.parse_value(text, position)
+    return (DataError(str(value)) if isinstance(value, BadValue) else value), end
 
 
-def skip_blank(text: str, position: int) -> int:
-    return _BLANK.match(text, position).end()  # type: ignore[union-attr]  # matches everywhere
-
-
-def _object(faults: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        faults.append(f"found the key {twice[:60]!r} twice in one object, expected each key once")
-    return found
-
-
-def _integer(faults: list[str], text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        faults.append(f"found an integer of {len(text)} digits, expected at most {MAX_DIGITS}")
-        return 0
-    return int(text)
-
-
-def _too_deep() -> DataError:
-    return DataError("not JSON that can be read (nested too deeply); expected a record")
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
-        level = [child for child in level if isinstance(child, (dict, list))]
-        if not level:
-            return False
-    return True
-
-
-def _end_of(text: str, position: int) -> int:
-    """Where the brackets of a value close; the end of the text if they do not."""
-    depth = 0
-    for token in _TOKEN.finditer(text, position):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-        if depth == 0:
-            return token.end()
-    return len(text)
+__all__ = ["parse_json", "parse_value", "skip_blank"]

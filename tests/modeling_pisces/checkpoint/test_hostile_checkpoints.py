@@ -222,7 +222,7 @@ def test_a_token_that_is_not_found_inside_a_text_is_named(folder):
         ("vae/config.json", "force_upcast", 1.5, "true or false"),
         ("scheduler/scheduler_config.json", "clip_sample", "no", "true or false"),
         ("scheduler/scheduler_config.json", "steps_offset", True, "a number"),
-        ("unet/config.json", "sample_size", 0, "whole numbers of at least 1"),
+        ("unet/config.json", "sample_size", 0, "a whole number of at least 1"),
     ],
 )
 def test_a_setting_of_the_decoder_is_of_its_kind(folder, file, name, value, expected):
