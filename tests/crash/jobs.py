@@ -89,7 +89,8 @@ def open_pictures(folder: Path) -> None:
     from PIL import Image
 
     for path in folder.rglob("*.png"):
-        Image.open(path).load()
+        if not path.parent.name.endswith(".partial"):  # under no final name; the next run takes it away
+            Image.open(path).load()
     open_texts(folder)
 
 

@@ -22,6 +22,7 @@ def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("shared"), tmp_path_factory.mktemp("crash"), random.Random(5))
 
 
+@pytest.mark.slow  # forks: in a worker that holds threads of other tests a child may wait for ever; `make crash` is alone
 @pytest.mark.parametrize(
     "trial", ["kill", "three kills", "two writers", "interrupt", "stdout closed", "stdout full", "stdout absent"]
 )
