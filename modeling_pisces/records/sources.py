@@ -233,14 +233,18 @@ def _parse(line: bytes) -> Any:
 
 def _read_array(file: Path) -> Iterator[tuple[int, Any]]:
     """Element by element: one that cannot be used costs itself, a syntax error what follows it."""
+    content = read_bytes(str(file))
+    kind = None
     try:
-        text = read_bytes(str(file)).decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
+        kind = None if text.lstrip()[:1] == "[" else type(parse_json(content)).__name__
         for number, (_, value) in enumerate(read_array(text), start=1):
             yield number, value
     except ValueError as error:
-        raise ValueError(
-            f"{file}: not JSON ({' '.join(str(error).split())[:120]}). Expected a list of records."
-        ) from None
+        if kind is not None:
+            raise ValueError(f"{file}: found {kind}, expected a list of records.") from None
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{file}: not JSON ({reason}). Expected a list of records.") from None
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
