@@ -36,9 +36,9 @@ def ink(picture: Image.Image) -> Image.Image:
     shape = np.clip(np.abs(pixels - np.median(border, 0)).max(-1) / 60, 0, 1)
     mask = Image.fromarray((shape * 255).astype(np.uint8))
     line = ImageChops.difference(mask.filter(ImageFilter.MaxFilter(3)), mask.filter(ImageFilter.MinFilter(3)))
-    shape, line = shape[..., None], np.asarray(line)[..., None] / 255
+    shape, dark = shape[..., None], np.asarray(line)[..., None] / 255
     painted = shape * (pixels * 0.6 + 102) + (1 - shape) * np.array(PAPER)
-    return Image.fromarray(((1 - line) * painted).round().astype(np.uint8))
+    return Image.fromarray(((1 - dark) * painted).round().astype(np.uint8))
 
 
 def write_look(scenes: Path, folder: Path, first: int, number: int) -> None:

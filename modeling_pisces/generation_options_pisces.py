@@ -315,20 +315,21 @@ def check_inputs(model, mode: str, kwargs: dict) -> None:
     prompt = embeds if ids is None else ids
     if prompt.ndim < 2 or 0 in prompt.shape[:2]:
         raise ValueError(f"the prompt has the shape {tuple(prompt.shape)}; expected at least one row and one token.")
+    rows, tokens = prompt.shape[:2]
     mask, cache = kwargs.get("attention_mask"), _given_cache(kwargs)
     check_cache(cache)
-    check_mask_shape(mask, *prompt.shape[:2], cache is not None, layer_types_of(model.config))
-    check_positions(kwargs.get("position_ids"), *prompt.shape[:2], mask)
+    check_mask_shape(mask, rows, tokens, cache is not None, layer_types_of(model.config))
+    check_positions(kwargs.get("position_ids"), rows, tokens, mask)
     check_mask(mask, ends_real=mode != "image" or ids is None)
     if (copies := option_value("num_return_sequences", kwargs, model.generation_config)) is not None:
         check_number("num_return_sequences", copies, whole=True, least=1)
     copies = copies or 1
     beams = option_value("num_beams", kwargs, model.generation_config) or 1
-    _check_cache(cache, prompt, mask, prompt.shape[0] * max(copies, beams))
+    _check_cache(cache, prompt, mask, rows * max(copies, beams))
     if mode == "text":
-        _check_text_guidance(model, kwargs, prompt.shape[0] * max(copies, beams))
+        _check_text_guidance(model, kwargs, rows * max(copies, beams))
     if mode != "text":
-        check_generators(kwargs.get("generator"), prompt.shape[0] * copies)
+        check_generators(kwargs.get("generator"), rows * copies)
 
 
 def _blind_draft(model, kwargs: dict):

@@ -196,8 +196,7 @@ class PiscesGenerationMixin(GenerationMixin):
     def _check_drawing_options(self, mode: str, kwargs: dict):
         self.model._require_generation("drawing")
         num_beams = option_value("num_beams", kwargs, self.generation_config)
-        check_option_values({"num_beams": num_beams})
-        if num_beams is not None and num_beams > 1:
+        if isinstance(num_beams, int) and num_beams > 1:
             raise ValueError(f"num_beams is {num_beams}, but vectors cannot be searched with beams. Leave it at 1.")
         check_drawing_options(mode, kwargs, self.generation_config)
         if self.model.gen_head.is_stochastic:

@@ -80,7 +80,7 @@ def write_edits(
     size: int = 64,
     kinds: Sequence[str] = KINDS,
 ) -> Path:
-    """Write the folder: whole afterwards, or as it was. One that holds the same edits is left as it is.
+    """Write the folder: whole afterwards, or as it was.
 
     Raises:
         ValueError: the folder holds something, a number is too small, or a kind is not known.
@@ -91,9 +91,6 @@ def write_edits(
         raise ValueError(f"kind {unknown[0]!r}: expected one of {', '.join(known)}.")
     if num_edits < 1:
         raise ValueError(f"num_edits {num_edits}: expected at least 1.")
-    settings = {"seed": seed, "split": split, "size": size, "edits": num_edits, "kinds": list(kinds)}
-    if _is_written(folder, settings):
-        return folder
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty. Choose another --output.")
     with whole_folder(folder, sync=False) as partial:
@@ -108,14 +105,9 @@ def write_edits(
         write_whole(partial / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_whole(partial / "rows.jsonl", "".join(json.dumps(training_row(row)) + "\n" for row in rows))
         write_silhouettes(partial)
+        settings = {"seed": seed, "split": split, "size": size, "edits": num_edits, "kinds": list(kinds)}
         write_json(partial / "settings.json", settings)
     return folder
-
-
-def _is_written(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds these very edits: it appears whole, with its settings."""
-    file = folder / "settings.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == settings
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,12 +7,10 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-from PIL import Image
 
 from pisces_commands.arguments import UsageError
 from pisces_commands.chat_server import ChatServer
@@ -25,7 +23,7 @@ from ..checkpoint.loading import choose_device
 from ..configuration_pisces import PiscesConfig
 from ..image_loading_pisces import load_image
 from .commands import DEFAULT_MODEL, _checked_checkpoint
-from .embedding import KINDS, check_kind, embed_images, embed_texts
+from .embedding import KINDS, Vectors, check_kind, embed_images, embed_texts
 from .many import Job, Shards, run_job, tally
 from .search_index import MANY_ROWS, Hit, SearchIndex, has_usearch, write_index
 from .shard_work import open_model
@@ -187,19 +185,20 @@ def _search(args: argparse.Namespace) -> int:
     if args.texts and KINDS[index.kind].texts is None:
         raise UsageError(f"{args.index} holds embeddings of kind {index.kind!r}, which know pictures only.")
     try:
-        images: list[Image.Image] = [load_image(name) for name in args.images or []]
+        images = [load_image(name) for name in args.images or []]
     except OSError as error:
         raise UsageError(str(error)) from error
     model, processor = _model_of_index(args, index)
     found: list[tuple[str, str, list[Hit]]] = []
-    for what, names, embed, given in (
+    sides: list[tuple[str, list[str], Callable[..., Vectors], list[Any]]] = [
         ("image", args.images, embed_images, images),
         ("text", args.texts, embed_texts, args.texts),
-    ):
+    ]
+    for what, names, embed, given in sides:
         if given:
             queries = embed(model, processor, given, index.kind)
-            hits = index.search(queries, args.top, approximate=not args.exact)
-            found += [(what, name, row) for name, row in zip(names, hits, strict=True)]
+            rows = index.search(queries, args.top, approximate=not args.exact)
+            found += [(what, name, row) for name, row in zip(names, rows, strict=True)]
     results = [
         {what: name, "hits": [{"score": hit.score, "row": hit.row, **hit.entry} for hit in hits]}
         for what, name, hits in found

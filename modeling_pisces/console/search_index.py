@@ -142,9 +142,8 @@ def search_exact(vectors: NDArray, queries: NDArray[np.float32], top: int) -> li
         scores = _scores(vectors[start : start + step], queries)
         rows = np.arange(start, start + scores.shape[1])
         for number, (old_rows, old_scores) in enumerate(best):
-            found = _best(rows, scores[number], top)
-            joined = (np.concatenate(pair) for pair in zip((old_rows, old_scores), found, strict=True))
-            best[number] = _best(*joined, top)
+            new_rows, new_scores = _best(rows, scores[number], top)
+            best[number] = _best(np.concatenate([old_rows, new_rows]), np.concatenate([old_scores, new_scores]), top)
     return best
 
 

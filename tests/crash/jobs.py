@@ -142,7 +142,7 @@ JOBS = (
     Job("export", "conversion.export", "--checkpoint {s}/checkpoint --output {w}/out", "out/config.json", open_checkpoint),
     Job("export over an earlier one", "conversion.export", "--checkpoint {s}/checkpoint --output {w}/out --overwrite",
         "out/config.json", open_checkpoint),
-    Job("to_llava", "conversion.to_llava", "--checkpoint {s}/checkpoint --output {w}/out", "out/config.json", open_texts),
+    Job("to_llava", "conversion.to_llava", "--checkpoint {s}/checkpoint --add_norm_layer --output {w}/out", "out/config.json", open_texts),
     Job("assemble", "conversion.assemble",
         "--language_model {s}/llama --vision_tower {s}/checkpoint --gen_vision_tower {s}/checkpoint --decoder {s}/checkpoint "
         "--output {w}/out", "out/config.json", open_checkpoint),
@@ -160,7 +160,7 @@ JOBS = (
         "--model {s}/checkpoint --prompts own:{s}/prompts.jsonl --images_per_prompt 2 --num_inference_steps 1 --output {w}/out",
         "out/run.json", open_pictures, r".*\.png", True),
     Job("evaluation.scenes", "evaluation.scenes",
-        "--model {s}/stage --data {s}/scenes --num_questions 4 --num_reconstructions 1 --num_prompts 1 --images_per_prompt 1 --output {w}/out.json", "out.json", open_texts,
+        "--model {s}/checkpoint --data {s}/scenes --num_questions 4 --num_reconstructions 1 --num_prompts 1 --images_per_prompt 1 --output {w}/out.json", "out.json", open_texts,
         goes_on=True),
     Job("best_of_n", "finetune.best_of_n",
         "--checkpoint {s}/checkpoint --prompts {s}/prompts.txt --scorer tests.test_full_disk:count_red --n 2 "

@@ -7,6 +7,7 @@ such as another number for a number; or a refusal in one line with exit code 2. 
 program start, a socket open, a file change outside, or a number that is none decide an answer.
 """
 
+import argparse
 import atexit
 import contextlib
 import copy
@@ -19,8 +20,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -370,10 +373,15 @@ def check(case: Case) -> None:
 KINDS = ((changed_setting, 0.7), (damaged_file, 0.15), (planted, 0.15))
 
 
-def make_case(random: Generator) -> outcomes.Case:
-    make = random.choice([kind for kind, _ in KINDS], p=[share for _, share in KINDS])
-    case = make(random)
-    return outcomes.Case(f"{make.__name__}", lambda: check(case), case.must)
+def make_case(random: Generator, kind: str | None = None) -> outcomes.Case:
+    """A case of one kind of `KINDS`, or of any."""
+    makers = [make for make, _ in KINDS if kind in (None, make.__name__)]
+    make = random.choice(makers, p=[share for _, share in KINDS] if kind is None else None)
+    return _judged(make(random), make.__name__)
+
+
+def _judged(case: Case, name: str) -> outcomes.Case:
+    return outcomes.Case(name, lambda: check(case), case.must)
 
 
 def warm_up() -> None:
@@ -390,10 +398,19 @@ def warm_up() -> None:
     expected()
 
 
-def main() -> None:
-    import argparse
-    import time
+def chosen(options: argparse.Namespace) -> Iterator[tuple[int, outcomes.Case]]:
+    """The cases of the seeds, or every planted folder once, each with what repeats it."""
+    from tests.fuzz.planted import PLANTED
 
+    if options.all:
+        for number, (name, (plant, must)) in enumerate(PLANTED.items()):
+            yield number, _judged(Case(name, plant, must=must), name)
+        return
+    for seed in range(options.start, options.start + options.seeds):
+        yield seed, make_case(np.random.default_rng(seed), options.kind)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=300)
     parser.add_argument("--start", type=int, default=0, help="the first seed")
@@ -402,39 +419,18 @@ def main() -> None:
     parser.add_argument("--output", metavar="FILE", help="results file, to which the counts are added")
     options = parser.parse_args()
     warm_up()
-    start, counts = time.monotonic(), {"right": 0, "refused": 0, "failure": 0}
-    makers = {kind.__name__: kind for kind, _ in KINDS}
-    for seed in range(options.start, options.start + options.seeds):
-        random = np.random.default_rng(seed)
-        if options.all:
-            from tests.fuzz.planted import PLANTED
-
-            if seed >= len(PLANTED):
-                break
-            name = list(PLANTED)[seed]
-            case = Case(name, PLANTED[name][0], must=PLANTED[name][1])
-        else:
-            make = (
-                makers[options.kind] if options.kind else random.choice([k for k, _ in KINDS], p=[p for _, p in KINDS])
-            )
-            case = make(random)
-        try:
-            check(case)
-            outcome, problem = "right", "was not refused" if case.must else ""
-        except ValueError as error:
-            outcome, problem = "refused", f"was refused: {error}" if case.must is False else ""
-            if options.all:
-                print("  refused:", case.name, "|", str(error)[-260:], flush=True)
-        except Wrong as error:
-            outcome, problem = "failure", str(error)
-        counts["failure" if problem else outcome] += 1
-        if problem:
-            print(f"seed {seed}, {case.name}: {' '.join(problem.split())[:400]}", flush=True)
+    start, counts = time.monotonic(), Counter[str]()
+    for seed, case in chosen(options):
+        result, problem = outcomes.ending(case)
+        counts[result] += 1
+        if result not in outcomes.FINE:
+            print(f"seed {seed}, {case.name}: {result}: {' '.join(problem.split())[:400]}", flush=True)
+    num_failures = sum(number for result, number in counts.items() if result not in (*outcomes.FINE, "unclear"))
     surface = f"checkpoint {'planted, each once' if options.all else options.kind or 'all'}"
-    numbers = {**counts, "seeds": [options.start, options.start + options.seeds]}
+    numbers = {**counts, "failures": num_failures, "seeds": [options.start, options.start + options.seeds]}
     record(options.output, surface, {**numbers, "seconds": round(time.monotonic() - start)})
-    print(counts, f"{time.monotonic() - start:.0f} s")
-    sys.exit(1 if counts["failure"] else 0)
+    print(dict(counts), f"{time.monotonic() - start:.0f} s")
+    sys.exit(int(num_failures > 0))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def run_case(case: Case, seed: int) -> Outcome:
     start, core, memory = time.monotonic(), time.process_time(), _peak_bytes()
     with watched(case.folders) as seen, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result, problem = _ending(case)
+        result, problem = ending(case)
     if seen:
         result, problem = seen[0]
     elif result in FINE and (seconds := time.monotonic() - start) > MAX_SECONDS:
@@ -75,7 +75,7 @@ def run_case(case: Case, seed: int) -> Outcome:
     return Outcome(seed, case.name, result, problem, time.process_time() - core)
 
 
-def _ending(case: Case) -> tuple[str, str]:
+def ending(case: Case) -> tuple[str, str]:
     try:
         case.call()
     except ValueError as error:
