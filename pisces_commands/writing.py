@@ -251,8 +251,8 @@ def scratch_folder(beside: str | os.PathLike) -> Iterator[Path]:
 def held_output(output: str | os.PathLike) -> Iterator[None]:
     """Keep a second run away from an output that runs go on with, piece by piece; two would mix their pieces.
 
-    Where nothing can be made beside the output, such as at the top of a disk or in a folder that is not there yet, it
-    is not held.
+    Temporary folders of `write_whole` that a killed run left in it or in its folders go first. Where nothing can be
+    made beside the output, such as at the top of a disk or in a folder that is not there yet, it is not held.
 
     Raises:
         ValueError: another process is writing it just now.
@@ -265,6 +265,9 @@ def held_output(output: str | os.PathLike) -> Iterator[None]:
                 raise WriteError(f"{output.parent} is not there.")
             stack.enter_context(_held(partial, output))
             stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            for pattern in (".*.partial", "*/.*.partial"):
+                for left in output.glob(pattern):
+                    shutil.rmtree(left, ignore_errors=True)
         yield
 
 
@@ -368,7 +371,9 @@ def _naming(path: Path, advice: str = "", only_disk: bool = False) -> Iterator[N
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not is_write_error(error):
+            raise
         if only_disk:
             is_ours = isinstance(error, WriteError) or error_number(error) in DISK_ERRORS
         else:
@@ -385,6 +390,14 @@ def _is_about(path: Path, error: BaseException) -> bool:
         return True
     named, path = (Path(os.path.realpath(os.fsdecode(one))) for one in (named, path))
     return not named.exists() or named.parent == path.parent or named in path.parents
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether the system, or a library in its words, may say that something could not be written.
+
+    tokenizers raises a bare Exception, whose text alone has the system's number.
+    """
+    return isinstance(error, (OSError, SafetensorError)) or error_number(error) in DISK_ERRORS
 
 
 def error_number(error: BaseException) -> int | None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging
 
-from pisces_commands.writing import WriteError
+from pisces_commands.writing import WriteError, is_write_error
 
 
 logger = logging.get_logger(__name__)
@@ -26,8 +26,6 @@ logger = logging.get_logger(__name__)
 # What Trainer writes before its state, which comes last; weights are looked at apart.
 RESUME_FILES = ("scheduler.pt", "trainer_state.json")
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "latest")  # of one process or DDP, of FSDP, of DeepSpeed
-# Rust's writer, torch's zip writer and Python's own report a full disk each in their own way.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -43,6 +41,11 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
             return str(path)
         logger.warning(f"{path} is not complete ({missing}); looking for an older checkpoint.")
     return None
+
+
+def may_be_full(error: Exception) -> bool:
+    """Whether saving may have failed for want of space; torch says it in a RuntimeError without a number."""
+    return isinstance(error, RuntimeError) or is_write_error(error)
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
@@ -84,7 +87,9 @@ def whole_or_nothing(checkpoint: Path) -> Iterator[None]:
     state.wait_for_everyone()
     try:
         yield
-    except WRITE_ERRORS as error:
+    except Exception as error:
+        if not may_be_full(error):
+            raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         last = last_complete_checkpoint(checkpoint.parent)
         kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint yet"

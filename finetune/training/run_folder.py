@@ -27,7 +27,7 @@ from finetune.guard.guard import guard_record, guard_table, guarded_rows
 from finetune.guard.verdict import advice, judge_run
 from finetune.training.adapter_card import write_card
 from finetune.training.adapters import AdapterConfig
-from finetune.training.checkpoints import WRITE_ERRORS, last_complete_checkpoint
+from finetune.training.checkpoints import last_complete_checkpoint, may_be_full
 from finetune.training.learning_rate import rule_for
 from finetune.training.recipe import RecipeArguments, Rows
 from finetune.training.sft_config import PiscesSFTConfig
@@ -141,7 +141,9 @@ def save_run(
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle
             store_adapter_in(folder, adapter.adapter_dtype)
             _write_records(trainer, folder, name, recipe, adapter, rows)
-    except WRITE_ERRORS as error:
+    except Exception as error:
+        if not may_be_full(error):
+            raise
         last = last_complete_checkpoint(folder)
         raise WriteError(
             f"the adapter could not be written to {folder} ({' '.join(str(error).split())}). "

@@ -73,7 +73,12 @@ def test_whatever_is_raised_while_writing_the_old_file_stays_and_no_other(error,
 
 
 @pytest.mark.parametrize(
-    "error", [NO_SPACE, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")]
+    "error",
+    [
+        NO_SPACE,
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # as tokenizers says it
+    ],
 )
 def test_a_full_disk_names_the_file_and_what_to_do(error, locks, tmp_path):
     with pytest.raises(WriteError) as stop:
@@ -307,6 +312,14 @@ def test_an_output_that_runs_go_on_with_has_one_writer_and_errors_keep_their_wor
     with held_output(tmp_path / "nowhere" / "out"):  # nobody writes there yet
         pass
     assert names_in(tmp_path) == ["out"]
+
+
+def test_what_a_kill_left_in_an_output_that_runs_go_on_with_is_taken_away(tmp_path):
+    for name in ("out/.rows-3.partial", "out/images/.7.partial", "out/.partial"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "half").write_text("x")
+    with held_output(tmp_path / "out"):
+        assert names_in(tmp_path / "out") == [".partial", ".partial/half", "images"]  # the last one is no file's
 
 
 def test_files_of_a_folder_that_holds_others_appear_together(locks, tmp_path):

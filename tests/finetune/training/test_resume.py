@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerCallback
 
 from finetune import lora_joint
-from finetune.training.checkpoints import check_finite, last_complete_checkpoint, what_is_missing
+from finetune.training.checkpoints import check_finite, last_complete_checkpoint, what_is_missing, whole_or_nothing
 from tests.finetune.lora_fixtures import make_adapted, make_rows, make_trainer, save_checkpoint, save_rows
 
 
@@ -184,6 +184,16 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(num_bytes, 
     resumed = make_trainer(make_adapted(), rows, tmp_path, **settings)
     resumed.train(resume_from_checkpoint=last)
     assert curve(resumed)[:6] == curve(whole)[:6]
+
+
+def test_a_full_disk_in_the_words_of_the_tokenizers_library_removes_the_checkpoint_too(tmp_path):
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written .*There is no complete checkpoint yet"):
+        with whole_or_nothing(tmp_path / "checkpoint-2"):
+            (tmp_path / "checkpoint-2").mkdir()
+            raise Exception("No space left on device (os error 28)")
+    with pytest.raises(Exception, match=r"^a fault of ours$"), whole_or_nothing(tmp_path / "checkpoint-2"):
+        raise Exception("a fault of ours")
+    assert not (tmp_path / "checkpoint-2").exists()
 
 
 def test_weights_that_are_not_numbers_are_never_saved(tmp_path):
