@@ -103,7 +103,7 @@ def open_rows(folder: Path) -> None:
     from finetune.data.load import load_data
 
     open_pictures(folder)
-    assert list(load_data(str(next(folder.rglob("*.jsonl")))).iter_rows())
+    assert list(load_data(str(next(folder.rglob("scenes.jsonl")))).iter_rows())
 
 
 def open_cache(folder: Path) -> None:
@@ -142,7 +142,7 @@ JOBS = (
     Job("export", "conversion.export", "--checkpoint {s}/checkpoint --output {w}/out", "out/config.json", open_checkpoint),
     Job("export over an earlier one", "conversion.export", "--checkpoint {s}/checkpoint --output {w}/out --overwrite",
         "out/config.json", open_checkpoint),
-    Job("to_llava", "conversion.to_llava", "--checkpoint {s}/checkpoint --add_norm_layer --output {w}/out", "out/config.json", open_texts),
+    Job("to_llava", "conversion.to_llava", "--checkpoint {s}/for_llava --output {w}/out", "out/config.json", open_texts),
     Job("assemble", "conversion.assemble",
         "--language_model {s}/llama --vision_tower {s}/checkpoint --gen_vision_tower {s}/checkpoint --decoder {s}/checkpoint "
         "--output {w}/out", "out/config.json", open_checkpoint),
@@ -160,7 +160,7 @@ JOBS = (
         "--model {s}/checkpoint --prompts own:{s}/prompts.jsonl --images_per_prompt 2 --num_inference_steps 1 --output {w}/out",
         "out/run.json", open_pictures, r".*\.png", True),
     Job("evaluation.scenes", "evaluation.scenes",
-        "--model {s}/checkpoint --data {s}/scenes --num_questions 4 --num_reconstructions 1 --num_prompts 1 --images_per_prompt 1 --output {w}/out.json", "out.json", open_texts,
+        "--model pisces-tiny --data {s}/scenes --num_questions 4 --num_reconstructions 1 --num_prompts 1 --images_per_prompt 1 --output {w}/out.json", "out.json", open_texts,
         goes_on=True),
     Job("best_of_n", "finetune.best_of_n",
         "--checkpoint {s}/checkpoint --prompts {s}/prompts.txt --scorer tests.test_full_disk:count_red --n 2 "
@@ -186,8 +186,11 @@ def write_shared(folder: Path) -> Path:
     from tests.conversion.part_fixtures import write_language_model
     from tests.curation.curation_fixtures import encode, photo, write_collection, write_config
     from tests.finetune.lora_fixtures import make_rows, save_rows
+    from tests.fixtures import make_model, make_processor
 
     write_checkpoint(folder / "checkpoint")
+    make_model(vision_feature_layer=-2).save_pretrained(folder / "for_llava")
+    make_processor().save_pretrained(folder / "for_llava")
     write_language_model(folder / "llama", "llama", "chatml", license=None)
     save_rows(folder / "rows", make_rows("uddudd"))
     save_rows(folder / "drawings", make_rows("dddddd"))

@@ -108,7 +108,11 @@ def finish(bench: Bench, job: Job, work: Path) -> str:
 
 def after_a_stop(job: Job, work: Path) -> str:
     """What has to hold of a folder in which a run was stopped: finished means whole."""
-    return f"looks finished, but {problem}" if (work / job.finished).exists() and (problem := opens(job, work)) else ""
+    finished = work / job.finished
+    is_begun = job.goes_on and finished.is_file() and not finished.stat().st_size  # a log without its first line
+    if not finished.exists() or is_begun:
+        return ""
+    return f"looks finished, but {problem}" if (problem := opens(job, work)) else ""
 
 
 def earlier_output(bench: Bench, job: Job, work: Path) -> None:
