@@ -276,7 +276,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     _check_opened(image, name, max_pixels)
     try:
         num_frames = _count_frames(image)
-        image.load()
+        _decode(image)
         upright = ImageOps.exif_transpose(image)
     except Exception as error:  # as in _identify; MemoryError too, from a header that promises too much
         raise _damaged(name, error) from error
@@ -291,6 +291,19 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise ValueError(
             f"{name}: colour mode {image.mode} cannot become RGB ({_reason(error)}). Export it as an RGB PNG."
         ) from error
+
+
+def _decode(image: Image.Image) -> None:
+    """Decode. PIL 13 maps a TIFF of four bytes per pixel into memory where it has a name, and leaves it unturned."""
+    name = getattr(image, "filename", None)
+    if image.format != "TIFF" or not name:
+        image.load()
+        return
+    image.filename = ""  # type: ignore[attr-defined]
+    try:
+        image.load()
+    finally:
+        image.filename = name  # type: ignore[attr-defined]
 
 
 def _check_opened(image: Image.Image, name: str, max_pixels: int) -> None:

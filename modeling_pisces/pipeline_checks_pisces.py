@@ -274,14 +274,20 @@ def check_callback_result(result: Any, tensors: Mapping[str, Any]) -> dict[str, 
     return dict(result)
 
 
+# what the pipeline hands to `generate` itself: how it is called, and what the processor makes of prompts and pictures
+_PIPELINES_OWN = frozenset(
+    "prompt generator generation_mode num_return_sequences num_images_per_prompt inputs input_ids inputs_embeds "
+    "attention_mask pixel_values image_features gen_pixel_values gen_image_vectors".split()
+)
+
+
 def check_vector_options(options: Any) -> dict[str, Any]:
     """Options of `model.generate`: not those that the pipeline sets itself, and numbers that can be drawn with."""
     if options is None:
         return {}
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
         raise ValueError(f"vector_kwargs is {options!r:.80}; expected a dict of options of model.generate.")
-    reserved = {"prompt", "generator", "generation_mode", "num_return_sequences", "num_images_per_prompt"}
-    if given := sorted(reserved & set(options)):
+    if given := sorted(_PIPELINES_OWN & set(options)):
         raise ValueError(
             f"vector_kwargs: {', '.join(given)} is set by the pipeline. Use its own prompt=, generator= and "
             "num_images_per_prompt=."

@@ -146,7 +146,9 @@ def followed_up(random: Generator) -> Case:
         seeds = [3]
         first = model.generate(**inputs, generation_mode="text", return_dict_in_generate=True, **_lengths("text"))
         whole = {**inputs, "input_ids": torch.cat([first.sequences, more], 1)}
-        if "attention_mask" in whole:
+        if (
+            "attention_mask" in whole or r.PAD in first.sequences
+        ):  # without a mask a <|pad|> that was written is padding
             whole["attention_mask"] = torch.ones_like(whole["input_ids"])
         alone = model.generate(**whole, generation_mode=mode, **_lengths(mode), **_noise(name, mode, seeds))
         cache = {CACHE_NAME: getattr(first, CACHE_NAME)}

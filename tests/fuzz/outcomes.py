@@ -26,7 +26,7 @@ FINE = ("right", "refused")
 ADVICE = (
     "add build call change check choose convert copy cut decode do draw drop encode end expected export give install "
     "keep leave load look lower make mark must needs open pad pass prepare put raise read reduce remove rescale reshape "
-    "rewrite save send set should show shrink split take try use wait write"
+    "rewrite save select send set should show shrink split take try use wait write"
 ).split()
 
 

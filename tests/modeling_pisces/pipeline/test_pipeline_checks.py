@@ -75,6 +75,10 @@ from tests.modeling_pisces.pipeline.pipeline_fixtures import DG, M, make_full_pi
             {"prompt": "a", "vector_kwargs": {"generator": None}},
             r"vector_kwargs: generator is set by the pipeline. Use its own prompt=",
         ),
+        (
+            {"prompt": "a", "vector_kwargs": {"attention_mask": 1, "input_ids": 2}},
+            r"vector_kwargs: attention_mask, input_ids is set by the pipeline",
+        ),
     ],
 )
 def test_bad_call_is_refused_before_any_model_runs(call, message):

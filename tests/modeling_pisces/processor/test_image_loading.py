@@ -109,6 +109,21 @@ def test_exif_orientation_is_applied(colours, orientation):
     assert np.array_equal(upright, turned[orientation])
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("orientation", [2, 3, 6, 7])
+def test_a_turned_tiff_is_the_same_picture_as_bytes_as_a_file_and_as_a_pil_image(mode, orientation, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 7, 4), dtype=np.uint8), "RGBA").convert(mode)
+    exif, path = Image.Exif(), tmp_path / "turned.tif"
+    exif[0x0112] = orientation
+    image.save(path, exif=exif)
+    given = Image.open(path)
+    found = [pixels(load_image(source)) for source in (path.read_bytes(), path, str(path), given)]
+    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 6: "ROTATE_270", 7: "TRANSVERSE"}
+    upright = image.transpose(getattr(Image.Transpose, turns[orientation]))
+    assert all(np.array_equal(one, pixels(load_image(upright))) for one in found)
+    assert given.filename == str(path)
+
+
 def test_palette_images_get_their_colours():
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
